@@ -1,0 +1,5 @@
+"""`python -m evalbench`."""
+
+from evalbench.cli import main
+
+main()

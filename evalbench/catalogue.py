@@ -1,0 +1,89 @@
+"""What there is and whether it runs here: the rows of `evalbench list`, and `evalbench doctor`."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+from evalbench import registry
+from evalbench.spec import load_suite, suite_names
+
+
+def rows(kind: str) -> list[dict[str, Any]]:
+    """name, summary, requires, available, reason: one row each.
+
+    Args:
+        kind: suites, methods or metrics.
+    """
+    if kind == "suites":
+        return [_suite_row(name) for name in suite_names()]
+    if kind == "methods":
+        return [row for name in registry.names("method") for row in _method_rows(name)]
+    return [_metric_row(metric_id) for metric_id in _metric_ids()]
+
+
+def _suite_row(name: str) -> dict[str, Any]:
+    suite = load_suite(name)
+    return _row(name, suite.summary, [suite.model.loader], "")
+
+
+def _method_rows(name: str) -> list[dict[str, Any]]:
+    cls = registry.get("method", name)
+    requires = sorted(getattr(cls, "requires", ()))
+    members = getattr(cls, "members", None)
+    if members is None:
+        return [_row(name, cls.summary(), requires, cls.missing())]
+    prefix = name.removesuffix("*")
+    return [_row(f"{prefix}{member}", cls.summary(), requires, reason) for member, reason in members()]
+
+
+def _metric_ids() -> list[str]:
+    """The metric ids that the built-in suites use: an id is a protocol, so a bare metric name is not one."""
+    used = {metric for name in suite_names() for metric in load_suite(name).metrics.names}
+    return sorted(used)
+
+
+def _metric_row(metric_id: str) -> dict[str, Any]:
+    metric = registry.build_metric(metric_id)
+    reasons = [registry.get("extractor", part).missing() for part in metric.needs]
+    return _row(metric_id, metric.summary(), list(metric.needs), "; ".join(r for r in reasons if r))
+
+
+def _row(name: str, summary: str, requires: list[str], reason: str) -> dict[str, Any]:
+    return {
+        "name": name,
+        "summary": summary,
+        "requires": requires,
+        "available": not reason,
+        "reason": reason,
+    }
+
+
+def checkup() -> list[tuple[str, bool, str]]:
+    """(what, whether it works, what it is or what to type), for `evalbench doctor`."""
+    import torch
+
+    from evalbench import __version__, environment
+
+    device = environment.pick_device()
+    results = [
+        ("evalbench", True, f"{__version__} {environment.git_revision()}".strip()),
+        ("torch", True, f"{torch.__version__} on {environment.device_name(device)}"),
+        ("gpu", device.type == "cuda", "found" if device.type == "cuda" else "none: runs on the CPU"),
+        _importable("ray", "pip install ray"),
+        _importable("diffusers", "pip install diffusers"),
+        _importable("open_clip", "pip install open_clip_torch"),
+        _importable("cleanfid", "pip install clean-fid"),
+        ("disk", True, f"{shutil.disk_usage('.').free / 2**30:.0f} GiB free here"),
+    ]
+    for name in registry.names("extractor"):
+        reason = registry.get("extractor", name).missing()
+        results.append((f"features {name}", not reason, reason or "ready"))
+    return results
+
+
+def _importable(module: str, line: str) -> tuple[str, bool, str]:
+    from importlib.util import find_spec
+
+    found = find_spec(module) is not None
+    return module, found, "importable" if found else line

@@ -1,0 +1,373 @@
+"""The command line: thin, and fast to start, because nothing heavy is imported before it is needed."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from evalbench.errors import EvalbenchError, UserError, unknown
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from evalbench.runner import Executor, Request
+    from evalbench.spec import Record, Suite
+    from evalbench.store import Store
+
+DONE, USER, TOOL, ERROR_ROWS, INTERRUPTED = 0, 2, 4, 5, 130
+KINDS = ("suites", "methods", "metrics")
+
+app = typer.Typer(
+    name="evalbench",
+    help="Benchmark diffusion and flow sampling methods: how good, how sure, at what cost.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Methods = Annotated[str | None, typer.Option("--methods", help="Methods, comma-separated: 'ddim(eta=0.5),unipc'.")]
+Method = Annotated[list[str] | None, typer.Option("--method", help="One method; may be repeated.")]
+Nfe = Annotated[str | None, typer.Option("--nfe", help="Budgets of network evaluations: 5,10,20.")]
+Guidance = Annotated[str | None, typer.Option("--guidance", help="Guidance scales: 1.5,3 (1 is off).")]
+Samples = Annotated[int | None, typer.Option("--samples", help="Samples per cell.")]
+Seeds = Annotated[str | None, typer.Option("--seeds", help="Run seeds: 0,1,2.")]
+MetricIds = Annotated[str | None, typer.Option("--metrics", help="Metric ids; default: the suite's.")]
+Measure = Annotated[str, typer.Option("--measure", help="quality, latency, or quality,latency.")]
+Batch = Annotated[int | None, typer.Option("--batch", help="Samples per network call; part of the fingerprint.")]
+Dtype = Annotated[str | None, typer.Option("--dtype", help="float32 or float64.")]
+Out = Annotated[Path | None, typer.Option("--out", help="Run folder; default results/runs/SUITE.")]
+Plugin = Annotated[list[str] | None, typer.Option("--plugin", help="Python file with @register; may be repeated.")]
+Workers = Annotated[int | None, typer.Option("--workers", help="Ray workers; default one per GPU or CPU core.")]
+Address = Annotated[str | None, typer.Option("--address", help="A running Ray cluster to join.")]
+Serial = Annotated[bool, typer.Option("--serial", help="No Ray: everything in this process.")]
+Save = Annotated[bool, typer.Option("--save-samples", help="Keep every image, for `evalbench export`.")]
+SmallN = Annotated[bool, typer.Option("--allow-small-n", help="Compute set distances below their least N.")]
+ShowPlan = Annotated[bool, typer.Option("--plan", help="Print cells, chunks and forwards; run nothing.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+@app.callback()
+def _root(debug: Debug = False) -> None:
+    """Benchmark diffusion and flow sampling methods: how good, how sure, at what cost."""
+
+
+@app.command()
+def run(
+    suite: Annotated[str, typer.Argument(help="Suite name, or the path of a TOML.")],
+    methods: Methods = None,
+    method: Method = None,
+    nfe: Nfe = None,
+    guidance: Guidance = None,
+    samples: Samples = None,
+    seeds: Seeds = None,
+    metrics: MetricIds = None,
+    measure: Measure = "quality",
+    batch: Batch = None,
+    dtype: Dtype = None,
+    out: Out = None,
+    plugin: Plugin = None,
+    workers: Workers = None,
+    address: Address = None,
+    serial: Serial = False,
+    save_samples: Save = False,
+    allow_small_n: SmallN = False,
+    plan: ShowPlan = False,
+) -> None:
+    """Run methods on a suite; the same command again continues, and adds cells to an existing run."""
+    if workers is not None and workers < 1:
+        raise UserError(f"--workers {workers}: at least 1")
+    if serial and (workers or address):
+        raise UserError("--serial runs without Ray; drop --workers and --address, or drop --serial")
+    request = _request(
+        suite=suite,
+        methods=methods,
+        method=method,
+        nfe=nfe,
+        guidance=guidance,
+        samples=samples,
+        seeds=seeds,
+        metrics=metrics,
+        measure=measure,
+        batch=batch,
+        dtype=dtype,
+        plugin=plugin,
+        save_samples=save_samples,
+        allow_small_n=allow_small_n,
+    )
+    if plan:
+        _print_plan(request)
+        return
+    folder = out or Path("results/runs") / request.suite.name
+    records = _run(request, folder, workers=workers, address=address, serial=serial)
+    _finish(records, folder)
+
+
+@app.command()
+def quickstart(
+    out: Out = None,
+    workers: Workers = None,
+    serial: Serial = False,
+) -> None:
+    """The main job on the embedded default: four samplers x three budgets on fashion-mixture, with a report."""
+    request = _request(suite="fashion-mixture", measure="quality,latency")
+    folder = out or Path("results/runs/quickstart")
+    records = _run(request, folder, workers=workers, address=None, serial=serial)
+    _finish(records, folder)
+
+
+@app.command("list")
+def list_(
+    kind: Annotated[str, typer.Argument(help="suites, methods or metrics.")],
+    json_: Annotated[bool, typer.Option("--json", help="A list of objects, for tools.")] = False,
+    plugin: Plugin = None,
+) -> None:
+    """Names, one line each, what each needs, whether it can run here."""
+    if kind not in KINDS:
+        raise unknown("kind", kind, KINDS)
+    from evalbench import catalogue
+
+    _load_plugins(plugin)
+    rows = catalogue.rows(kind)
+    if json_:
+        import json
+
+        print(json.dumps(rows, indent=1))
+        return
+    _print_catalogue(kind, rows)
+
+
+@app.command()
+def report(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
+    format_: Annotated[str, typer.Option("--format", help="md,html,csv")] = "md,html,csv",
+) -> None:
+    """Write table.csv, timings.csv and report/ (Markdown, HTML, figures, sample grids) of a run."""
+    from evalbench.report import FORMATS
+
+    formats = tuple(_words(format_, "--format"))
+    for name in formats:
+        if name not in FORMATS:
+            raise unknown("format", name, FORMATS)
+    _write_report(run_folder, formats)
+
+
+@app.command()
+def export(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder made with --save-samples.")],
+    layout: Annotated[str, typer.Option("--layout", help="folder or adm-npz.")] = "folder",
+    to: Annotated[Path | None, typer.Option("--to", help="Where; default RUN/export.")] = None,
+) -> None:
+    """Samples of every cell for other tools, with a manifest."""
+    from evalbench.export import export_run
+
+    for path in export_run(run_folder, layout, to or run_folder / "export"):
+        print(path)
+
+
+@app.command()
+def doctor() -> None:
+    """What works on this machine and what is missing, with the line to type."""
+    from evalbench import catalogue
+
+    console = _console()
+    for name, ok, text in catalogue.checkup():
+        console.print(f"[{'green' if ok else 'yellow'}]{'ok     ' if ok else 'missing'}[/] {name:<28} {text}")
+
+
+# --- what the commands share ----------------------------------------------------------------------------------------
+
+
+def _request(
+    *,
+    suite: str,
+    methods: str | None = None,
+    method: list[str] | None = None,
+    nfe: str | None = None,
+    guidance: str | None = None,
+    samples: int | None = None,
+    seeds: str | None = None,
+    metrics: str | None = None,
+    measure: str = "quality",
+    batch: int | None = None,
+    dtype: str | None = None,
+    plugin: list[str] | None = None,
+    save_samples: bool = False,
+    allow_small_n: bool = False,
+) -> Request:
+    """What was typed, checked and resolved against the suite. Imports torch only once the words make sense."""
+    from evalbench.spec import load_suite
+
+    measures = _words(measure, "--measure")
+    for word in measures:
+        if word not in ("quality", "latency"):
+            raise unknown("measure", word, ("quality", "latency"))
+    facts = load_suite(suite).override(samples=samples, batch=batch, dtype=dtype)
+    chosen_nfe = tuple(_numbers(nfe, "--nfe", int)) if nfe is not None else facts.sampling.nfe
+    chosen_seeds = tuple(_numbers(seeds, "--seeds", int)) if seeds is not None else facts.sampling.seeds
+    scales = tuple(_numbers(guidance, "--guidance", float)) if guidance is not None else (facts.sampling.guidance,)
+
+    from evalbench.registry import parse_methods, read_plugin
+    from evalbench.runner import Request, unique
+
+    texts = [*(parse_methods(methods) if methods is not None else []), *(method or [])]
+    return Request(
+        suite=facts,
+        methods=unique(texts or facts.methods),
+        nfe=unique(chosen_nfe),
+        guidance=unique(scales),
+        seeds=unique(chosen_seeds),
+        metrics=unique(_words(metrics, "--metrics")) if metrics is not None else facts.metrics.names,
+        measure=frozenset(measures),
+        save_samples=save_samples,
+        allow_small_n=allow_small_n,
+        plugins=dict(read_plugin(path) for path in plugin or []),
+    )
+
+
+def _words(text: str, option: str) -> list[str]:
+    words = [word.strip() for word in text.split(",")]
+    if not all(words):
+        raise UserError(f"{option} '{text}': an entry is empty; write a comma-separated list")
+    return words
+
+
+def _numbers(text: str, option: str, kind: type[Any]) -> list[Any]:
+    try:
+        return [kind(word) for word in _words(text, option)]
+    except ValueError:
+        noun = "whole numbers" if kind is int else "numbers"
+        raise UserError(f"{option} '{text}': write {noun} separated by commas") from None
+
+
+def _run(request: Request, folder: Path, *, workers: int | None, address: str | None, serial: bool) -> list[Record]:
+    from evalbench import runner
+    from evalbench.progress import ProgressBar
+
+    made: list[Executor] = []
+
+    def executor() -> Executor:
+        made.append(_executor(workers, address, serial))
+        return made[0]
+
+    try:
+        with ProgressBar(_console(stderr=True)) as bar:
+            return runner.run(request, folder, executor, bar)
+    finally:
+        for one in made:
+            one.shutdown()
+
+
+def _executor(workers: int | None, address: str | None, serial: bool) -> Executor:
+    if serial:
+        from evalbench.runner import SerialExecutor
+
+        return SerialExecutor()
+    from evalbench.cluster import RayExecutor
+
+    return RayExecutor(workers, address)
+
+
+def _finish(records: list[Record], folder: Path) -> None:
+    """Write the report, print the table, name the files; exit 5 when a row is an error."""
+    from evalbench.report import print_table
+    from evalbench.runner import needs_attention
+
+    paths, suite, store = _write_report(folder, ("md", "html", "csv"), quiet=True)
+    wanted = {record.cell.id for record in records}
+    shown = [record for record in store.records() if record.cell.id in wanted]
+    print_table(shown, suite, _console())
+    for name in ("table", "html"):
+        if name in paths:
+            print(f"{name}: {paths[name]}")
+    if needs_attention(records):
+        raise typer.Exit(ERROR_ROWS)
+
+
+def _write_report(folder: Path, formats: tuple[str, ...], quiet: bool = False) -> tuple[dict[str, Path], Suite, Store]:
+    from evalbench.report import build_report
+    from evalbench.spec import parse_suite
+    from evalbench.store import Store
+
+    store = Store(folder)
+    paths = build_report(store, folder / "report", formats)
+    if not quiet:
+        for name, path in paths.items():
+            print(f"{name}: {path}")
+    return paths, parse_suite(store.manifest()["suite"], "", where=f"manifest of {folder}"), store
+
+
+def _print_plan(request: Request) -> None:
+    from evalbench.runner import make_plan
+
+    plan = make_plan(request)
+    samples = request.suite.sampling.samples
+    forwards = sum(cell.nfe for cell in plan.work) * samples
+    chunks = sum(len(plan.chunks(cell)) for cell in plan.work)
+    print(f"cells: {len(plan.cells)}  (with fine solutions: {len(plan.work)})")
+    print(f"chunks: {chunks}  samples per cell: {samples}  evaluations: at most {forwards:,}")
+
+
+def _load_plugins(paths: list[str] | None) -> None:
+    from evalbench.registry import load_plugin, read_plugin
+
+    for path in paths or []:
+        name, source = read_plugin(path)
+        load_plugin(source, name)
+
+
+def _print_catalogue(kind: str, rows: list[dict[str, Any]]) -> None:
+    from rich.table import Table
+
+    table = Table(title=kind, title_justify="left", box=None, pad_edge=False)
+    for heading in ("name", "summary", "requires", "here"):
+        table.add_column(heading, overflow="fold")
+    for row in rows:
+        here = "yes" if row["available"] else f"no: {row['reason']}"
+        table.add_row(row["name"], row["summary"], ", ".join(row["requires"]), here)
+    _console().print(table, markup=False)
+
+
+def _console(stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False, soft_wrap=True)
+
+
+def main() -> None:
+    """Entry point: one line per error, and the exit codes of the design; nothing else ever exits 1."""
+    debug = "--debug" in sys.argv
+    if debug:
+        sys.argv.remove("--debug")  # valid anywhere on the line
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    sys.exit(_guarded(debug))
+
+
+def _guarded(debug: bool) -> int:
+    from click.exceptions import Abort, ClickException
+
+    try:
+        code = app(standalone_mode=False)
+        return int(code or DONE)
+    except EvalbenchError as error:
+        return _complain(str(error), error.exit_code, debug)
+    except ClickException as error:
+        return _complain(error.format_message().replace("\n", " "), USER, debug)
+    except (KeyboardInterrupt, Abort):
+        return _complain("interrupted; run the same command again to continue", INTERRUPTED, False)
+    except BrokenPipeError:
+        return DONE
+    except Exception as error:
+        return _complain(f"evalbench failed: {type(error).__name__}: {error}; add --debug", TOOL, debug)
+
+
+def _complain(line: str, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    print(f"error: {line}", file=sys.stderr)
+    return code

@@ -1,0 +1,1 @@
+"""What a method really costs: the evaluation ledger, FLOPs, latency, memory."""

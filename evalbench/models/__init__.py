@@ -1,0 +1,1 @@
+"""Models: exact mixtures, and networks with the weights shipped in zoo/."""

@@ -1,0 +1,112 @@
+"""Chunks of a cell -> metrics with intervals: in chunk order, in float64, whoever computed the chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from evalbench.errors import EvalbenchError, UserError
+from evalbench.interfaces import Metric, Parts, Value
+from evalbench.spec import Chunk, MetricValue
+from evalbench.store import Store
+
+References = Callable[[str], Parts | None]
+
+
+def parts_of(metrics: Iterable[Metric[Any]]) -> tuple[str, ...]:
+    """Extractors that a cell needs for these metrics, sorted."""
+    return tuple(sorted({part for metric in metrics for part in metric.needs}))
+
+
+def paired_parts(metrics: Iterable[Metric[Any]]) -> tuple[str, ...]:
+    """Extractors that the fine solution needs, sorted."""
+    return parts_of(metric for metric in metrics if metric.paired)
+
+
+def reduce_metrics(
+    store: Store,
+    chunks: Sequence[Chunk],
+    solution: Sequence[Chunk] | None,
+    metrics: Sequence[Metric[Any]],
+    references: References,
+    *,
+    allow_small_n: bool = False,
+) -> tuple[dict[str, MetricValue], dict[str, str]]:
+    """All metrics of a cell.
+
+    Args:
+        store: holds the chunks. chunks: of the cell, in order.
+        solution: chunks of the fine solution over the same samples; None when there is none.
+        metrics: what to compute. references: reference arrays by key.
+        allow_small_n: compute set distances below their least N, marked.
+
+    Returns:
+        Values by metric id, and the reason for each metric that has none.
+    """
+    missing: dict[str, str] = {}
+    wanted = []
+    for metric in metrics:
+        if metric.paired and solution is None:
+            missing[metric.id] = "no fine solution to pair with"
+        elif metric.reference_key and references(metric.reference_key) is None:
+            missing[metric.id] = f"the suite has no reference '{metric.reference_key}'"
+        else:
+            wanted.append(metric)
+    states = _states(store, chunks, solution, wanted)
+    values: dict[str, MetricValue] = {}
+    for metric in wanted:
+        reference = references(metric.reference_key) if metric.reference_key else None
+        try:
+            value = metric.compute(states[metric.id], reference, allow_small_n=allow_small_n)
+            values[metric.id] = _checked(metric, value)
+        except (UserError, EvalbenchError) as error:
+            missing[metric.id] = str(error)
+    return values, missing
+
+
+def _states(
+    store: Store, chunks: Sequence[Chunk], solution: Sequence[Chunk] | None, metrics: Sequence[Metric[Any]]
+) -> dict[str, Any]:
+    states: dict[str, Any] = {}
+    for i, chunk in enumerate(chunks):
+        parts: dict[str, np.ndarray] = store.read_chunk(chunk)
+        if solution is not None and any(metric.paired for metric in metrics):
+            fine = store.read_chunk(solution[i])
+            parts |= {f"paired:{name}": values for name, values in fine.items()}
+        for metric in metrics:
+            state = metric.update(parts)
+            states[metric.id] = metric.merge(states[metric.id], state) if i else state
+    return states
+
+
+def _checked(metric: Metric[Any], value: Value) -> MetricValue:
+    """NaN is never a score."""
+    if not np.isfinite(value.value):
+        raise EvalbenchError(f"{metric.id} is {value.value}")
+    return MetricValue(
+        value=value.value,
+        n=value.n,
+        se=value.se,
+        low=value.low,
+        high=value.high,
+        bias=value.bias,
+        note=value.note,
+        unit=metric.unit,
+        higher_is_better=metric.higher_is_better,
+    )
+
+
+def reduce_counts(store: Store, chunks: Sequence[Chunk]) -> dict[str, float]:
+    """Per-sample means of the ledger over a cell, and the 95th percentile of nfe; a missing count stays out."""
+    columns: dict[str, list[np.ndarray]] = {}
+    for chunk in chunks:
+        for name, values in store.read_chunk(chunk).items():
+            if name.startswith("count:"):
+                columns.setdefault(name.removeprefix("count:"), []).append(values)
+    joined: Mapping[str, np.ndarray] = {name: np.concatenate(blocks) for name, blocks in columns.items()}
+    counts = {name: float(values.mean()) for name, values in joined.items() if np.isfinite(values).all()}
+    if "nfe" in joined:
+        counts["nfe_p95"] = float(np.percentile(joined["nfe"], 95))
+    return counts

@@ -1,0 +1,203 @@
+"""Records as tables. `table.csv` holds what is reproducible, in stable bytes; `timings.csv` what a clock said."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from evalbench.report.text import first_line
+from evalbench.report.view import display_names, finite, metric_ids, reason, why_missing
+from evalbench.spec import Latency, Record, Suite
+from evalbench.stats import line_fit, percentiles
+
+KEYS = ("suite", "guidance", "seed", "method", "nfe")
+_FACTS = ("suite", "method", "nfe", "guidance", "seed", "samples", "status")
+_LATENCY = ("median", "p10", "p90", "p99")
+_FIT_GROUP = ["suite", "guidance", "method", "device", "threads", "batch"]
+_FIT_COLUMNS = (
+    *_FIT_GROUP,
+    "points",
+    "ms_per_nfe",
+    "ms_per_nfe:low",
+    "ms_per_nfe:high",
+    "intercept_ms",
+    "r2",
+)
+
+
+def cells_frame(records: Iterable[Record], suite: Suite) -> pd.DataFrame:
+    """One row per cell with all that is reproducible, sorted by suite, guidance, seed, method and budget.
+
+    Columns: suite, method, nfe (the budget), guidance, seed, samples, status; the counts nfe_measured, nfe_p95,
+    depth, evals_total, evals.ROLE, cost, flops; per metric ID, ID:se, ID:low, ID:high, ID:bias, ID:note;
+    protocol, error.
+    """
+    quality = [r for r in records if r.kind == "quality"]
+    metrics = metric_ids(quality, suite)
+    counts = _count_columns(quality)
+    names = display_names(quality)
+    rows = [_cell_row(r, names[r.cell.id], counts, metrics) for r in quality]
+    values = [f"{name}{part}" for name in metrics for part in ("", ":se", ":low", ":high", ":bias", ":note")]
+    return _sorted_frame(rows, [*_FACTS, *counts, *values, "protocol", "error", "cell"])
+
+
+def timings_frame(records: Iterable[Record]) -> pd.DataFrame:
+    """One row per cell with all that a clock said: wall seconds of the quality run, latencies, peak memory.
+
+    Latencies are milliseconds: `call_*` of one call at `batch`, `image_*` that divided by the batch.
+    """
+    cells: dict[str, dict[str, Record]] = {}
+    for record in records:
+        cells.setdefault(record.cell.id, {})[record.kind] = record
+    names = display_names(r for kinds in cells.values() for r in kinds.values())
+    rows = [_timing_row(kinds, names[cell_id]) for cell_id, kinds in cells.items()]
+    latency = [f"{kind}_{part}_ms" for kind in ("call", "image") for part in _LATENCY]
+    return _sorted_frame(
+        rows,
+        [
+            *(name for name in _FACTS if name not in ("samples", "status")),
+            "nfe_measured",
+            "wall_s",
+            "timings",
+            *latency,
+            "batch",
+            "device",
+            "threads",
+            "warmup",
+            "synchronised",
+            "peak_mb",
+            "error",
+            "cell",
+        ],
+    )
+
+
+def latency_fits(timings: pd.DataFrame) -> pd.DataFrame:
+    """Robust line through the median call milliseconds over measured NFE, per method and hardware."""
+    timed = timings.dropna(subset=["call_median_ms", "nfe_measured"])
+    rows = []
+    for group, found in timed.groupby(_FIT_GROUP, sort=True):
+        if found["nfe_measured"].nunique() > 1:
+            line = line_fit(found["nfe_measured"].to_numpy(float), found["call_median_ms"].to_numpy(float))
+            numbers = (len(found), line.slope, line.slope_low, line.slope_high, line.intercept, line.r2)
+            rows.append((*group, *numbers))
+    return pd.DataFrame(rows, columns=list(_FIT_COLUMNS))
+
+
+def write_table(frame: pd.DataFrame, path: Path) -> Path:
+    """Write a frame as CSV in the same bytes for the same content, whatever the order of its rows; atomically."""
+    keys = [name for name in (*KEYS, "cell") if name in frame.columns]
+    ordered = frame.sort_values(keys, kind="stable") if keys else frame
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(ordered.columns)
+    writer.writerows([_text(value) for value in row] for row in ordered.itertuples(index=False, name=None))
+    return write_bytes(path, stream.getvalue().encode())
+
+
+def write_timings(records: Iterable[Record], path: Path) -> Path:
+    """Write `timings_frame` as CSV."""
+    return write_table(timings_frame(records), path)
+
+
+def write_bytes(path: Path, content: bytes) -> Path:
+    """Write a file so that a reader sees the old or the new content, never half."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+    return path
+
+
+def _sorted_frame(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> pd.DataFrame:
+    frame = pd.DataFrame([[row.get(name) for name in columns] for row in rows], columns=list(columns))
+    return frame.sort_values([*KEYS, "cell"], kind="stable", ignore_index=True)
+
+
+def _count_columns(records: Iterable[Record]) -> list[str]:
+    held = {name for r in records for name in r.counts}
+    roles = sorted(name for name in held if name.startswith("evals."))
+    known = ["nfe_measured", "nfe_p95", "depth", "evals_total", *roles, "cost", "flops"]
+    return [*known, *sorted(held - set(known) - {"nfe"})]
+
+
+def _cell_row(record: Record, name: str, counts: Sequence[str], metrics: Sequence[str]) -> dict[str, Any]:
+    cell = record.cell
+    row: dict[str, Any] = {
+        "suite": cell.suite,
+        "method": name,
+        "nfe": cell.nfe,
+        "guidance": cell.guidance,
+        "seed": cell.seed,
+        "samples": record.samples,
+        "status": record.status,
+        "protocol": record.protocol,
+        "error": reason(record),
+        "cell": cell.id,
+    }
+    row |= {count: record.counts.get(count) for count in counts}
+    roles = [value for role, value in record.counts.items() if role.startswith("evals.")]
+    row |= {"nfe_measured": record.counts.get("nfe"), "evals_total": sum(roles) if roles else None}
+    for metric in metrics:
+        row |= _metric_columns(record, metric)
+    return row
+
+
+def _metric_columns(record: Record, metric: str) -> dict[str, Any]:
+    found = finite(record).get(metric)
+    if found is None:
+        why = why_missing(record).get(metric)
+        return {f"{metric}:note": f"missing: {first_line(why)}"} if why else {}
+    parts = {f"{metric}:{part}": getattr(found, part) for part in ("se", "low", "high", "bias")}
+    return {metric: found.value, **parts, f"{metric}:note": found.note}
+
+
+def _timing_row(kinds: Mapping[str, Record], name: str) -> dict[str, Any]:
+    quality, timed = kinds.get("quality"), kinds.get("latency")
+    cell = next(iter(kinds.values())).cell
+    counts = quality.counts if quality else {}
+    row: dict[str, Any] = {
+        "suite": cell.suite,
+        "method": name,
+        "nfe": cell.nfe,
+        "guidance": cell.guidance,
+        "seed": cell.seed,
+        "nfe_measured": counts.get("nfe"),
+        "wall_s": quality.seconds if quality else None,
+        "error": reason(timed) if timed else "",
+        "cell": cell.id,
+    }
+    return row | (_latency_columns(timed.latency) if timed and timed.latency else {})
+
+
+def _latency_columns(latency: Latency) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "timings": len(latency.seconds),
+        "batch": latency.batch,
+        "device": latency.device,
+        "threads": latency.threads,
+        "warmup": latency.warmup,
+        "synchronised": latency.synchronised,
+        "peak_mb": latency.peak_bytes / 1e6,
+    }
+    if latency.seconds:
+        found = percentiles(1e3 * np.array(latency.seconds))
+        for part in _LATENCY:
+            row[f"call_{part}_ms"] = getattr(found, part)
+            row[f"image_{part}_ms"] = getattr(found, part) / latency.batch
+    return row
+
+
+def _text(value: Any) -> str:
+    """A cell of a CSV: floats with ten digits, missing values empty."""
+    if value is None or value is pd.NA or (isinstance(value, float) and np.isnan(value)):
+        return ""
+    if isinstance(value, float | np.floating):
+        return format(float(value), ".10g")
+    return str(value)

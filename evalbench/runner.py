@@ -1,0 +1,423 @@
+"""plan -> chunks -> reduce -> records: one loop over an executor, serial or Ray.
+
+The plan drops what the run folder already holds, so the same command continues an interrupted run and a finished run
+computes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+from evalbench import environment, registry, worker
+from evalbench.errors import UserError
+from evalbench.interfaces import Metric, Parts
+from evalbench.reduce import paired_parts, parts_of, reduce_counts, reduce_metrics
+from evalbench.spec import Cell, Chunk, Failure, Record, Suite, chunks_of, content_id
+from evalbench.store import Store, open_run
+from evalbench.worker import ChunkFailure, ChunkResult, Job, LatencyJob, LatencyResult
+
+Outcome = ChunkResult | ChunkFailure
+
+
+class Executor(Protocol):
+    """Computes jobs somewhere. `workers` chunks are in flight at a time."""
+
+    workers: int
+
+    def map(self, jobs: Iterator[Job]) -> Iterator[Outcome]:
+        """Outcomes as they land, in any order; pulls a job only when a worker is free."""
+        ...
+
+    def latency(self, job: LatencyJob) -> LatencyResult:
+        """Run a latency job alone: nothing else is in flight."""
+        ...
+
+    def shutdown(self) -> None:
+        """Let go of processes."""
+        ...
+
+
+class SerialExecutor:
+    """Everything in this process, one thread; for debuggers and small runs."""
+
+    workers = 1
+
+    def map(self, jobs: Iterator[Job]) -> Iterator[Outcome]:
+        """Outcomes in order."""
+        return map(worker.run_job, jobs)
+
+    def latency(self, job: LatencyJob) -> LatencyResult:
+        """Time in this process."""
+        return worker.run_latency(job)
+
+    def shutdown(self) -> None:
+        """Nothing to let go of."""
+
+
+class Observer(Protocol):
+    """Told what happens, for progress bars. Forwards are network evaluations of the field, summed over samples."""
+
+    def planned(self, forwards: float, samples: int, workers: int) -> None:
+        """Work left to do, known before it starts."""
+
+    def landed(self, forwards: float, samples: int, seconds: float) -> None:
+        """A chunk landed after `seconds` on its worker."""
+
+    def note(self, line: str) -> None:
+        """Something worth a line."""
+
+
+class Silent:
+    """An observer that says nothing."""
+
+    def planned(self, forwards: float, samples: int, workers: int) -> None:
+        """Nothing."""
+
+    def landed(self, forwards: float, samples: int, seconds: float) -> None:
+        """Nothing."""
+
+    def note(self, line: str) -> None:
+        """Nothing."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for, resolved against a suite.
+
+    Attributes:
+        suite: with overrides applied. methods: chain texts as written. nfe, guidance, seeds: the grid of cells.
+        metrics: metric ids. measure: `quality`, `latency`. latency_rounds: measured calls per cell.
+        save_samples: keep every image. allow_small_n: see `reduce_metrics`.
+        plugins: file name -> source.
+    """
+
+    suite: Suite
+    methods: tuple[str, ...]
+    nfe: tuple[int, ...]
+    guidance: tuple[float, ...]
+    seeds: tuple[int, ...]
+    metrics: tuple[str, ...]
+    measure: frozenset[str] = frozenset({"quality"})
+    latency_rounds: int = 5
+    save_samples: bool = False
+    allow_small_n: bool = False
+    plugins: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Cells to measure, and the fine solutions that their paired metrics need."""
+
+    request: Request
+    cells: tuple[Cell, ...]
+    metrics: tuple[Metric[Any], ...]
+
+    @cached_property
+    def solutions(self) -> dict[str, Cell]:
+        """Fine solution of each cell, by cell id; empty when no metric is paired or the suite names none."""
+        solution = self.request.suite.solution
+        if solution is None or not paired_parts(self.metrics):
+            return {}
+        return {
+            cell.id: make_cell(self.request.suite, solution.method, solution.nfe, cell.guidance, cell.seed)
+            for cell in self.cells
+        }
+
+    @cached_property
+    def parts(self) -> dict[str, tuple[str, ...]]:
+        """Extractors to run, by cell id (fine solutions included)."""
+        wanted = {cell.id: set(parts_of(self.metrics)) for cell in self.cells}
+        for cell in self.solutions.values():
+            wanted.setdefault(cell.id, set()).update(paired_parts(self.metrics))
+        return {cell_id: tuple(sorted(parts)) for cell_id, parts in wanted.items()}
+
+    @cached_property
+    def work(self) -> tuple[Cell, ...]:
+        """Every cell to sample once: fine solutions first, since others wait for them."""
+        return tuple({cell.id: cell for cell in (*self.solutions.values(), *self.cells)}.values())
+
+    def chunks(self, cell: Cell) -> list[Chunk]:
+        """Chunks of a cell, in order."""
+        sampling = self.request.suite.sampling
+        return chunks_of(cell.id, sampling.samples, sampling.chunk)
+
+
+def make_cell(suite: Suite, method: str, nfe: int, guidance: float, seed: int) -> Cell:
+    """The cell of a method text; the id covers every setting, so two spellings of one method are one cell."""
+    chain = registry.build_method(method)
+    return Cell(
+        suite=suite.name,
+        suite_version=suite.version,
+        generation=content_id(suite.generation()),
+        method=chain.text,
+        settings=content_id(chain.settings()),
+        nfe=nfe,
+        guidance=guidance,
+        seed=seed,
+    )
+
+
+def make_plan(request: Request) -> Plan:
+    """Check a request and lay out its cells.
+
+    Raises:
+        UserError: anything wrong with the suite, a method, a metric, or the grid.
+    """
+    for name, source in request.plugins.items():
+        registry.load_plugin(source, name)
+    worker.check_suite(request.suite)
+    metrics = tuple(registry.build_metric(metric) for metric in request.metrics)
+    for values, option in (
+        (request.nfe, "--nfe"),
+        (request.methods, "--methods"),
+        (request.seeds, "--seeds"),
+    ):
+        if not values:
+            raise UserError(f"{option} is empty; name at least one")
+    for nfe in request.nfe:
+        if nfe < 1:
+            raise UserError(f"--nfe {nfe}: a budget is at least 1 evaluation")
+    for seed in request.seeds:
+        if seed < 0:
+            raise UserError(f"--seeds {seed}: a seed is 0 or more")
+    cells = {
+        cell.id: cell
+        for seed in request.seeds
+        for guidance in request.guidance
+        for method in request.methods
+        for nfe in request.nfe
+        for cell in [make_cell(request.suite, method, nfe, guidance, seed)]
+    }
+    return Plan(request, tuple(cells.values()), metrics)
+
+
+def run(
+    request: Request,
+    out: Path | str,
+    executor: Callable[[], Executor],
+    observer: Observer | None = None,
+) -> list[Record]:
+    """Run a request into a run folder, resuming what is there.
+
+    Args:
+        request: what to measure. out: the run folder.
+        executor: makes the executor; called only when something must be computed.
+        observer: told of progress.
+
+    Returns:
+        The latest record of every cell of this request, quality first, then latency.
+    """
+    plan = make_plan(request)
+    with open_run(out, request.suite, request.plugins) as store:
+        loop = _Loop(plan, store, executor, observer or Silent())
+        if "quality" in request.measure:
+            loop.quality()
+        if "latency" in request.measure:
+            loop.latency()
+        return loop.records()
+
+
+class _Loop:
+    """The state of one run: which chunks are there, which cells failed."""
+
+    def __init__(self, plan: Plan, store: Store, executor: Callable[[], Executor], observer: Observer) -> None:
+        self.plan, self.store, self.observer = plan, store, observer
+        self._make_executor = executor
+        self._references: dict[str, Parts | None] = {}
+        self._failed: dict[str, ChunkFailure] = {}
+        self._seconds: dict[str, float] = {}
+
+    @cached_property
+    def executor(self) -> Executor:
+        return self._make_executor()
+
+    @cached_property
+    def environment(self) -> dict[str, Any]:
+        return environment.describe(environment.pick_device())
+
+    def records(self) -> list[Record]:
+        """Latest records of the plan's cells."""
+        wanted = {cell.id for cell in self.plan.cells}
+        found = [record for record in self.store.records() if record.cell.id in wanted]
+        return sorted(found, key=lambda record: record.kind, reverse=True)
+
+    # --- quality ---
+
+    def quality(self) -> None:
+        """Compute the missing chunks, reduce each cell as soon as its last chunk lands."""
+        done = {r.cell.id for r in self.store.records() if self._is_current(r)}
+        cells = [cell for cell in self.plan.cells if cell.id not in done]
+        if not cells:
+            return
+        needed = {self.plan.solutions[c.id].id for c in cells if c.id in self.plan.solutions}
+        needed |= {cell.id for cell in cells}
+        waiting = {c.id: self._missing_chunks(c) for c in self.plan.work if c.id in needed}
+        self._announce(waiting)
+        pending = {cell.id: cell for cell in cells}
+        self._reduce_ready(pending, waiting)
+        if any(waiting.values()):
+            for outcome in self.executor.map(self._jobs(waiting)):
+                self._land(outcome, waiting)
+                self._reduce_ready(pending, waiting)
+
+    def _is_current(self, record: Record) -> bool:
+        if record.kind != "quality" or record.status == "error":
+            return False
+        wanted = {metric.id for metric in self.plan.metrics}
+        known = record.metrics.keys() | record.missing.keys()
+        protocol = content_id(self._protocol(record.cell))
+        return record.protocol == protocol and (record.status == "unsupported" or wanted <= known)
+
+    def _missing_chunks(self, cell: Cell) -> list[Chunk]:
+        parts = set(self.plan.parts[cell.id])
+        if self.plan.request.save_samples:
+            parts.add("images")
+        return [chunk for chunk in self.plan.chunks(cell) if not self._is_there(chunk, parts)]
+
+    def _is_there(self, chunk: Chunk, parts: set[str]) -> bool:
+        facts = self.store.chunk_facts(chunk)
+        if facts is None or facts["environment"]["class"] != self.environment["class"]:
+            return False  # a cell's chunks come from one fingerprint class
+        return parts <= set(facts["arrays"]) and (not self.plan.request.save_samples or facts["all_images"] is True)
+
+    def _jobs(self, waiting: Mapping[str, list[Chunk]]) -> Iterator[Job]:
+        request = self.plan.request
+        for cell in self.plan.work:
+            for chunk in list(waiting.get(cell.id, ())):
+                if cell.id not in self._failed:
+                    yield Job(
+                        request.suite,
+                        cell,
+                        chunk,
+                        self.plan.parts[cell.id],
+                        request.save_samples,
+                        request.plugins,
+                    )
+
+    def _land(self, outcome: Outcome, waiting: dict[str, list[Chunk]]) -> None:
+        job = outcome.job
+        if isinstance(outcome, ChunkFailure):
+            self._failed.setdefault(job.cell.id, outcome)
+            waiting[job.cell.id] = []
+            self.observer.note(f"{job.cell.method} at NFE {job.cell.nfe}: {outcome.failure.message}")
+            return
+        facts = outcome.facts | {"all_images": job.keep_images}
+        self.store.write_chunk(job.chunk, outcome.arrays, facts)
+        if job.chunk in waiting[job.cell.id]:
+            waiting[job.cell.id].remove(job.chunk)
+        seconds = float(outcome.facts["seconds"])
+        self._seconds[job.cell.id] = self._seconds.get(job.cell.id, 0.0) + seconds
+        samples = job.chunk.stop - job.chunk.start
+        self.observer.landed(samples * job.cell.nfe, samples, seconds)
+
+    def _announce(self, waiting: Mapping[str, list[Chunk]]) -> None:
+        budgets = {cell.id: cell.nfe for cell in self.plan.work}
+        samples = {cell_id: sum(c.stop - c.start for c in chunks) for cell_id, chunks in waiting.items()}
+        forwards = sum(count * budgets[cell_id] for cell_id, count in samples.items())
+        if forwards:
+            self.observer.planned(forwards, sum(samples.values()), self.executor.workers)
+
+    def _reduce_ready(self, pending: dict[str, Cell], waiting: Mapping[str, list[Chunk]]) -> None:
+        for cell in list(pending.values()):
+            solution = self.plan.solutions.get(cell.id)
+            if waiting[cell.id] or (solution is not None and waiting[solution.id]):
+                continue
+            self.store.append(self._record(cell, solution))
+            del pending[cell.id]
+
+    def _record(self, cell: Cell, solution: Cell | None) -> Record:
+        facts = self._protocol(cell)
+        base = {
+            "kind": "quality",
+            "cell": cell,
+            "samples": self.plan.request.suite.sampling.samples,
+            "protocol": content_id(facts),
+            "protocol_facts": facts,
+            "environment": self.environment,
+            "seconds": self._seconds.get(cell.id, 0.0),
+        }
+        failed = self._failed.get(cell.id)
+        if failed is not None:
+            status = "unsupported" if failed.unsupported else "error"
+            return Record(**base, status=status, failure=failed.failure)
+        chunks = self.plan.chunks(cell)
+        fine = None if solution is None or solution.id in self._failed else self.plan.chunks(solution)
+        metrics, missing = reduce_metrics(
+            self.store,
+            chunks,
+            fine,
+            self.plan.metrics,
+            self._reference,
+            allow_small_n=self.plan.request.allow_small_n,
+        )
+        counts = reduce_counts(self.store, chunks)
+        return Record(**base, status="ok", metrics=metrics, missing=missing, counts=counts)
+
+    def _reference(self, key: str) -> Parts | None:
+        if key not in self._references:
+            request = self.plan.request
+            self._references[key] = worker.load_reference(request.suite, key, request.plugins)
+        return self._references[key]
+
+    def _protocol(self, cell: Cell) -> dict[str, Any]:
+        """All that makes two numbers comparable, method and budget left out."""
+        suite = self.plan.request.suite
+        return {
+            "generation": suite.generation(),
+            "samples": suite.sampling.samples,
+            "guidance": cell.guidance,
+            "seed": cell.seed,
+            "references": {key: ref.sha256 or "model" for key, ref in suite.references.items()},
+            "solution": suite.solution.model_dump() if suite.solution else None,
+            "features": self._fingerprints,
+            "allow_small_n": self.plan.request.allow_small_n,
+        }
+
+    @cached_property
+    def _fingerprints(self) -> dict[str, str]:
+        return {name: registry.build_extractor(name).fingerprint() for name in parts_of(self.plan.metrics)}
+
+    # --- latency ---
+
+    def latency(self) -> None:
+        """Time the cells that have no latency record on this hardware yet, alone on one worker."""
+        failed = {r.cell.id for r in self.store.records() if r.kind == "quality" and r.status != "ok"}
+        timed = {r.cell.id for r in self.store.records() if self._is_timed_here(r)}
+        cells = tuple(c for c in self.plan.cells if c.id not in failed | timed)
+        if not cells:
+            return
+        request = self.plan.request
+        job = LatencyJob(request.suite, cells, request.latency_rounds, request.plugins)
+        calls = job.rounds + 1
+        self.observer.planned(sum(c.nfe for c in cells) * job.batch * calls, len(cells) * job.batch * calls, workers=1)
+        result = self.executor.latency(job)
+        for cell in cells:
+            self.store.append(self._latency_record(cell, result))
+
+    def _is_timed_here(self, record: Record) -> bool:
+        return (
+            record.kind == "latency"
+            and record.status == "ok"
+            and record.environment["class"] == self.environment["class"]
+        )
+
+    def _latency_record(self, cell: Cell, result: LatencyResult) -> Record:
+        outcome = result.outcomes[cell.id]
+        base = {"kind": "latency", "cell": cell, "environment": result.environment}
+        if isinstance(outcome, Failure):
+            return Record(**base, status="error", failure=outcome)
+        return Record(**base, status="ok", latency=outcome, samples=outcome.batch)
+
+
+def needs_attention(records: Iterable[Record]) -> bool:
+    """Whether a run finished with error rows (exit code 5)."""
+    return any(record.status == "error" for record in records)
+
+
+def unique(values: Sequence[Any]) -> tuple[Any, ...]:
+    """Values without repeats, order kept."""
+    return tuple(dict.fromkeys(values))

@@ -1,0 +1,382 @@
+"""Suite, Cell, Chunk, Record: frozen, JSON both ways, identified by a hash of their content. No torch, no ray."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tomllib
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from evalbench.errors import EvalbenchError, UserError, unknown
+
+SCHEMA = 1
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+
+class Frozen(BaseModel):
+    """Immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def content_id(content: Any, length: int = 16) -> str:
+    """Hash of JSON-able content: the same for equal content on any machine."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:length]
+
+
+# --- suite ----------------------------------------------------------------------------------------------------------
+
+
+class ModelSpec(Frozen):
+    """Which model, and the options of its loader."""
+
+    loader: str
+    options: dict[str, Any] = {}
+
+
+class PathSpec(Frozen):
+    """The noise path: kind (`vp-linear`, `edm`, `flow`, `vp-discrete`) and its fields, see `evalbench.paths`."""
+
+    kind: str
+    options: dict[str, Any] = {}
+
+
+class Conditions(Frozen):
+    """What samples are conditioned on. `cyclic`: sample i has label i mod classes; `none`: unconditional."""
+
+    labels: Literal["cyclic", "none"] = "none"
+    classes: int = Field(0, ge=0)
+
+
+class Sampling(Frozen):
+    """How many samples and how they are drawn; all but `samples`, `nfe` and `seeds` change a sample's bits."""
+
+    samples: int = Field(gt=0)
+    batch: int = Field(gt=0)
+    chunk: int = Field(gt=0)
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = (0,)
+    noise: Literal["philox"] = "philox"
+    dtype: Literal["float32", "float64"] = "float32"
+    grid: Literal["time", "quadratic", "logsnr", "karras"] = "logsnr"
+    nfe: tuple[Annotated[int, Field(gt=0)], ...] = (5, 10, 20)
+    guidance: float = 1.0
+    guidance_grid: tuple[float, ...] = ()
+
+
+class Metrics(Frozen):
+    """Metric ids; `primary` is the one that verdicts and charts use."""
+
+    names: tuple[str, ...]
+    primary: str
+
+
+class Solution(Frozen):
+    """The fine solution that paired errors refer to: a method and its NFE, run from the same noise."""
+
+    method: str
+    nfe: int = Field(gt=0)
+
+
+class Reference(Frozen):
+    """Reference statistics of one feature: a file with its hash, or `model = true` for the model's exact moments.
+
+    `file` is relative to the suite's TOML; the prefix `evalbench:` means a file inside the package.
+    """
+
+    file: str = ""
+    sha256: str = ""
+    model: bool = False
+
+
+class Floor(Frozen):
+    """What a perfect sampler scores at N samples: reference draws against the reference."""
+
+    metric: str
+    samples: int
+    value: float
+    sd: float | None = None
+    what: str = "floor"
+
+
+class Suite(Frozen):
+    """A standard suite: facts only, versioned.
+
+    `methods` are what `evalbench run SUITE` runs when `--methods` is not given.
+    """
+
+    schema_: int = Field(SCHEMA, alias="schema")
+    name: str
+    version: int = Field(gt=0)
+    summary: str
+    model: ModelSpec
+    path: PathSpec | None = None
+    conditions: Conditions = Conditions()
+    sampling: Sampling
+    metrics: Metrics
+    references: dict[str, Reference] = {}
+    solution: Solution | None = None
+    floors: tuple[Floor, ...] = ()
+    methods: tuple[str, ...] = ()
+    folder: str = Field("", exclude=True)  # where relative files are looked up; not part of the facts
+
+    def generation(self) -> dict[str, Any]:
+        """The facts that decide a sample's bits; a cell's id hashes them."""
+        sampling = self.sampling.model_dump(exclude={"samples", "nfe", "seeds", "guidance", "guidance_grid"})
+        return {
+            "suite": self.name,
+            "version": self.version,
+            "model": self.model.model_dump(),
+            "path": self.path.model_dump() if self.path else None,
+            "conditions": self.conditions.model_dump(),
+            "sampling": sampling,
+        }
+
+    def content(self) -> dict[str, Any]:
+        """All facts, JSON-able."""
+        return self.model_dump(mode="json", by_alias=True)
+
+    @property
+    def id(self) -> str:
+        """Hash of all facts."""
+        return content_id(self.content())
+
+    def override(self, **sampling: Any) -> Suite:
+        """The same suite with other sampling facts (None means unchanged), as `--samples` or `--batch` ask for.
+
+        Raises:
+            UserError: a value out of range.
+        """
+        changes = {key: value for key, value in sampling.items() if value is not None}
+        content = self.sampling.model_dump() | changes
+        try:
+            return self.model_copy(update={"sampling": Sampling(**content)})
+        except ValidationError as error:
+            raise UserError(_one_line(error, "command line", Sampling)) from None
+
+
+def suite_names() -> list[str]:
+    """Names of the built-in suites."""
+    return sorted(f.name[:-5] for f in files("evalbench.suites").iterdir() if f.name.endswith(".toml"))
+
+
+def load_suite(name_or_path: str) -> Suite:
+    """A built-in suite by name, or one from a TOML file by path.
+
+    A suite may say `extends = "NAME"` and then list only what differs; tables are merged key by key.
+
+    Raises:
+        UserError: no such suite or file, not TOML, unknown or missing key, value out of range.
+    """
+    is_path = name_or_path.endswith(".toml") or "/" in name_or_path
+    content, folder = _read_toml(Path(name_or_path) if is_path else _builtin(name_or_path))
+    content.setdefault("schema", SCHEMA)
+    if content["schema"] != SCHEMA:
+        raise UserError(f"suite '{name_or_path}' has schema {content['schema']}, this evalbench reads {SCHEMA}")
+    return parse_suite(content, folder, where=f"suite '{name_or_path}'")
+
+
+def parse_suite(content: dict[str, Any], folder: str, *, where: str) -> Suite:
+    """A suite from its facts, as they stand in a TOML or a manifest.
+
+    Raises:
+        UserError: unknown or missing key, value out of range, unsafe name.
+    """
+    try:
+        suite = Suite(**content, folder=folder)
+    except ValidationError as error:
+        raise UserError(_one_line(error, where, Suite)) from None
+    if not _NAME.fullmatch(suite.name):
+        raise UserError(f"{where}: name '{suite.name}' may hold letters, digits, '.', '_' and '-' only")
+    if suite.metrics.primary not in suite.metrics.names:
+        raise unknown("primary metric", suite.metrics.primary, suite.metrics.names, where=where)
+    return suite
+
+
+def _builtin(name: str) -> Path:
+    if name not in suite_names():
+        raise unknown("suite", name, suite_names())
+    return Path(str(files("evalbench.suites").joinpath(f"{name}.toml")))
+
+
+def _read_toml(file: Path) -> tuple[dict[str, Any], str]:
+    if not file.is_file():
+        raise UserError(f"suite file '{file}' not found; give a suite name or the path of a TOML file")
+    try:
+        content = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"suite file '{file}' is not valid TOML: {error}") from None
+    parent = content.pop("extends", None)
+    if parent is not None:
+        base, _ = _read_toml(_builtin(str(parent)))
+        content = _merged(base, content)
+    return content, str(file.parent)
+
+
+def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    result = dict(base)
+    for key, value in changes.items():
+        both_tables = isinstance(value, dict) and isinstance(base.get(key), dict)
+        result[key] = _merged(base[key], value) if both_tables else value
+    return result
+
+
+def _one_line(error: ValidationError, where: str, model: type[BaseModel]) -> str:
+    """The first of pydantic's complaints as one line, with the nearest key for an unknown one."""
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return str(unknown("key", place, _keys(model, first["loc"]), where=where))
+    if first["type"] == "missing":
+        return f"{where}: key '{place}' is missing"
+    return f"{where}: {place} = {first['input']!r}: {first['msg'].lower()}"
+
+
+def _keys(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """Valid keys at the table where an unknown key stands."""
+    prefix: list[str] = []
+    for part in location[:-1]:
+        prefix.append(str(part))
+        field = model.model_fields.get(str(part))
+        annotation = field.annotation if field else None
+        nested = [annotation, *getattr(annotation, "__args__", ())]
+        found = [t for t in nested if isinstance(t, type) and issubclass(t, BaseModel)]
+        if found:
+            model = found[0]
+    names = [(f.alias or name) for name, f in model.model_fields.items() if name != "folder"]
+    return [".".join([*prefix, name]) for name in names]
+
+
+# --- cell, chunk, record --------------------------------------------------------------------------------------------
+
+
+class Cell(Frozen):
+    """One row of the table: a method at a budget, guidance and seed, on a suite.
+
+    Attributes:
+        suite, suite_version: which suite. generation: hash of the facts that decide a sample's bits.
+        method: canonical chain text. settings: hash of every setting and part version, defaults included.
+        nfe: budget. guidance: scale, 1 is off. seed: run seed.
+    """
+
+    suite: str
+    suite_version: int
+    generation: str
+    method: str
+    settings: str
+    nfe: int = Field(gt=0)
+    guidance: float = 1.0
+    seed: int = 0
+
+    @property
+    def id(self) -> str:
+        """Hash of everything a sample of this cell depends on."""
+        facts = self.model_dump(exclude={"method"})
+        return content_id(facts)
+
+
+class Chunk(NamedTuple):
+    """Global sample indices [start, stop) of a cell: the unit of work, caching and retry."""
+
+    cell_id: str
+    start: int
+    stop: int
+
+
+def chunks_of(cell_id: str, samples: int, size: int) -> list[Chunk]:
+    """The fixed chunks of a cell; only the last may be short."""
+    return [Chunk(cell_id, start, min(start + size, samples)) for start in range(0, samples, size)]
+
+
+class MetricValue(Frozen):
+    """A metric in a record: see `interfaces.Value`."""
+
+    value: float
+    n: int
+    se: float | None = None
+    low: float | None = None
+    high: float | None = None
+    bias: float | None = None
+    note: str = ""
+    unit: str = ""
+    higher_is_better: bool = False
+
+
+class Failure(Frozen):
+    """Why a cell or a metric has no value."""
+
+    type: str
+    message: str
+    traceback: str = ""
+
+
+class Latency(Frozen):
+    """A timed run of a cell: raw seconds of whole calls at one batch size, on named hardware.
+
+    Attributes:
+        batch: samples per call. seconds: one entry per measured call, in order.
+        warmup: calls dropped before. device, threads: where.
+        peak_bytes: peak memory of the process (CPU: resident; GPU: allocated).
+    """
+
+    batch: int
+    seconds: tuple[float, ...]
+    warmup: int
+    device: str
+    threads: int
+    peak_bytes: int
+    synchronised: bool = True
+
+
+class Record(Frozen):
+    """The measured outcome of a cell. `kind` quality or latency; errors are records too.
+
+    Attributes:
+        protocol: hash of all that makes numbers comparable; protocol_facts: what was hashed.
+        samples: N. metrics: by id. missing: metrics that have no value, by id, with the reason.
+        counts: per-sample means: nfe, nfe_p95, depth, cost, flops, evals.ROLE.
+        seconds: wall time of the chunks. environment: versions, device, threads, fingerprint class.
+    """
+
+    schema_: int = Field(SCHEMA, alias="schema")
+    kind: Literal["quality", "latency"]
+    status: Literal["ok", "error", "unsupported"]
+    cell: Cell
+    samples: int = 0
+    protocol: str = ""
+    protocol_facts: dict[str, Any] = {}
+    metrics: dict[str, MetricValue] = {}
+    missing: dict[str, str] = {}
+    counts: dict[str, float] = {}
+    seconds: float = 0.0
+    latency: Latency | None = None
+    failure: Failure | None = None
+    environment: dict[str, Any] = {}
+
+    def to_json(self) -> str:
+        """One line."""
+        return self.model_dump_json(by_alias=True)
+
+
+def record_from_json(line: str, *, where: str) -> Record:
+    """A record from its line.
+
+    Raises:
+        EvalbenchError: not a record, or written by a newer schema.
+    """
+    try:
+        content = json.loads(line)
+        schema = content.get("schema")
+    except (json.JSONDecodeError, AttributeError):
+        raise EvalbenchError(f"{where} is not a record; the file is corrupt, move it away and run again") from None
+    if schema != SCHEMA:
+        raise EvalbenchError(f"{where} has schema {schema}, this evalbench reads {SCHEMA}; upgrade evalbench")
+    try:
+        return Record(**content)
+    except ValidationError as error:
+        raise EvalbenchError(_one_line(error, where, Record)) from None

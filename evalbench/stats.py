@@ -1,0 +1,134 @@
+"""Intervals, percentile summaries and the robust line; plain numbers in, plain numbers out. No torch, no ray."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+Z95 = 1.959963984540054  # two-sided 95 % point of the normal distribution
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A two-sided interval."""
+
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Percentiles:
+    """Percentiles of raw latency samples, in the unit of the samples.
+
+    Attributes:
+        n: number of samples.
+    """
+
+    n: int
+    median: float
+    p10: float
+    p90: float
+    p99: float
+
+
+@dataclass(frozen=True)
+class Line:
+    """A robust line y = intercept + slope x.
+
+    Attributes:
+        r2: share of the variance of y that the line explains; 1 for a perfect line, negative for one worse than the
+            mean, NaN-free: a constant y gives 1 when the line meets it.
+        slope_low, slope_high: 95 % interval of the slope (Sen 1968).
+    """
+
+    slope: float
+    intercept: float
+    r2: float
+    slope_low: float
+    slope_high: float
+
+
+def normal_interval(value: float, se: float) -> Interval:
+    """value -/+ 1.96 se."""
+    return Interval(value - Z95 * se, value + Z95 * se)
+
+
+def t_interval(value: float, se: float, df: int) -> Interval:
+    """value -/+ t se, t the two-sided 95 % point of Student's distribution with df degrees of freedom."""
+    from scipy.stats import t  # slow to import; `evalbench list` imports this module
+
+    half = float(t.ppf(0.975, df)) * se
+    return Interval(value - half, value + half)
+
+
+def wilson_interval(successes: float, n: int) -> Interval:
+    """95 % interval of a share (Wilson 1927); unlike value -/+ 1.96 se it has a width when all n succeed."""
+    share, z2 = successes / n, Z95**2
+    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = Z95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
+    return Interval(max(0.0, centre - half), min(1.0, centre + half))
+
+
+def quantile_interval(values: np.ndarray, q: float, level: float = 0.95) -> Interval | None:
+    """Order-statistic interval of the q-quantile: free of any assumption on the distribution, never too short.
+
+    The number of samples below the q-quantile is binomial(n, q), so [x_(l), x_(u)] covers it with probability
+    P(l <= B < u); l and u cut at most (1 - level) / 2 from either side (David & Nagaraja 2003, section 7.1).
+
+    Args:
+        values: samples, (n,), in any order.
+        q: probability in (0, 1).
+        level: wanted coverage.
+
+    Returns:
+        The interval; None when n is too small for one at this level.
+    """
+    from scipy.stats import binom
+
+    ordered, tail = np.sort(values), (1 - level) / 2
+    n = len(ordered)
+    low = int(binom.ppf(tail, n, q))  # the largest l, 1-based, with P(B < l) <= tail, up to equality
+    if binom.cdf(low, n, q) <= tail:
+        low += 1
+    high = int(binom.ppf(1 - tail, n, q)) + 1  # the smallest u with P(B >= u) <= tail
+    if low < 1 or high > n:
+        return None
+    return Interval(float(ordered[low - 1]), float(ordered[high - 1]))
+
+
+def percentiles(samples: np.ndarray) -> Percentiles:
+    """Median, p10, p90 and p99 of raw samples, (n,), linear between order statistics.
+
+    Raises:
+        ValueError: no samples, or one that is not finite.
+    """
+    if samples.size == 0 or not np.isfinite(samples).all():
+        raise ValueError("percentiles need at least one sample, all of them finite")
+    p10, median, p90, p99 = np.quantile(samples, [0.10, 0.50, 0.90, 0.99])
+    return Percentiles(samples.size, float(median), float(p10), float(p90), float(p99))
+
+
+def line_fit(x: np.ndarray, y: np.ndarray) -> Line:
+    """Theil-Sen line: the median of the slopes of all pairs; a quarter of wild points does not move it.
+
+    Args:
+        x: such as NFE, (n,), at least two different values. y: such as seconds, (n,).
+
+    Raises:
+        ValueError: fewer than two different x, or a number that is not finite.
+    """
+    from scipy.stats import theilslopes
+
+    if len(x) != len(y) or len(np.unique(x)) < 2 or not (np.isfinite(x).all() and np.isfinite(y).all()):
+        raise ValueError("a line needs at least two different x, one y for each, all finite")
+    fit = theilslopes(y, x, alpha=0.95)
+    slope, intercept = float(fit.slope), float(fit.intercept)
+    residual = float(np.sum((y - intercept - slope * x) ** 2))
+    total = float(np.sum((y - np.mean(y)) ** 2))
+    if total > 0:
+        r2 = 1 - residual / total
+    else:
+        r2 = 1.0 if residual == 0 else 0.0
+    return Line(slope, intercept, r2, float(fit.low_slope), float(fit.high_slope))

@@ -1,0 +1,366 @@
+"""Everything one device does: a job in, arrays out. No ray, no scheduling, no files of the run.
+
+A chunk's bits depend on its job alone: each sample's noise is keyed by its global index, batches always have the
+suite's size (a short one is padded with the following indices and the padding dropped).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from evalbench import environment, registry
+from evalbench.cost.latency import interleaved
+from evalbench.cost.ledger import Ledger
+from evalbench.denoiser import Field, NetworkDoor
+from evalbench.errors import BadSamples, Unsupported, UserError
+from evalbench.interfaces import Cond, Denoiser, Extractor, Model, Parts, SampleBatch
+from evalbench.metrics.images import to_uint8
+from evalbench.noise import NoiseSource
+from evalbench.paths import Path as NoisePath
+from evalbench.paths import make_path
+from evalbench.registry import Chain
+from evalbench.spec import Cell, Chunk, Failure, Latency, Reference, Suite
+from evalbench.store import GRID_SAMPLES
+
+_DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One chunk to compute. Travels as it is to any process.
+
+    Attributes:
+        parts: extractors to run. keep_images: keep every image, not only the first ones of the cell.
+        plugins: file name -> source text.
+    """
+
+    suite: Suite
+    cell: Cell
+    chunk: Chunk
+    parts: tuple[str, ...]
+    keep_images: bool = False
+    plugins: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ChunkResult:
+    """What a worker returns: arrays with one row per sample, and facts about how they were made."""
+
+    job: Job
+    arrays: dict[str, np.ndarray]
+    facts: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ChunkFailure:
+    """A job that raised; the cell becomes an error row, or `unsupported` when the pair lacks a capability."""
+
+    job: Job
+    failure: Failure
+    unsupported: bool
+
+
+def run_job(job: Job) -> ChunkResult | ChunkFailure:
+    """Compute a chunk; whatever the method raises becomes a ChunkFailure."""
+    started = time.perf_counter()
+    try:
+        setup = prepare(job.suite, job.plugins)
+        arrays = _compute(job, setup)
+    except Exception as error:  # whatever a method raises is that cell's record
+        failure = Failure(type=type(error).__name__, message=_first_line(error), traceback=traceback.format_exc())
+        return ChunkFailure(job, failure, isinstance(error, Unsupported))
+    facts = {"seconds": time.perf_counter() - started, "environment": environment.describe(setup.device)}
+    return ChunkResult(job, arrays, facts)
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+@dataclass
+class Setup:
+    """A suite's model on this process's device, ready to sample."""
+
+    suite: Suite
+    model: Model
+    path: NoisePath
+    door: NetworkDoor
+    device: torch.device
+    dtype: torch.dtype
+
+
+def prepare(suite: Suite, plugins: Mapping[str, str]) -> Setup:
+    """The model of a suite, loaded once per process."""
+    for name, source in plugins.items():
+        registry.load_plugin(source, name)
+    key = suite.model_dump_json(include={"name", "version", "model", "path", "sampling"})
+    if key not in _setups:
+        _setups.clear()  # one model at a time: chunks of a run share one suite
+        _setups[key] = _build(suite)
+    return _setups[key]
+
+
+_setups: dict[str, Setup] = {}
+
+
+def _build(suite: Suite) -> Setup:
+    environment.prepare_process()
+    device, dtype = environment.pick_device(), _DTYPES[suite.sampling.dtype]
+    model = registry.build_model(suite.model.loader, suite.model.options)
+    model.to(dtype, device)
+    path = _noise_path(suite, model)
+    door = NetworkDoor(model, path, suite.sampling.grid)
+    return Setup(suite, model, path, door, device, dtype)
+
+
+def _noise_path(suite: Suite, model: Model) -> NoisePath:
+    path = make_path(suite.path.kind, **suite.path.options) if suite.path else model.path
+    if path is None:
+        raise UserError(f"suite '{suite.name}' needs a [path]: model '{suite.model.loader}' has none of its own")
+    return path
+
+
+def _check_conditions(suite: Suite, model: Model) -> None:
+    wanted = suite.conditions.classes if suite.conditions.labels == "cyclic" else 0
+    if wanted > model.num_classes:
+        raise UserError(
+            f"suite '{suite.name}': conditions.classes = {wanted}, but model '{suite.model.loader}' has "
+            f"{model.num_classes} classes"
+        )
+
+
+def _compute(job: Job, setup: Setup) -> dict[str, np.ndarray]:
+    chain = registry.build_method(job.cell.method)
+    extractors = {name: _extractor(name, str(setup.device)) for name in job.parts}
+    start, stop = job.chunk.start, job.chunk.stop
+    batch = job.suite.sampling.batch
+    blocks = [
+        _batch(job, setup, chain, extractors, range(first, first + batch), min(batch, stop - first))
+        for first in range(start, stop, batch)
+    ]
+    return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
+
+
+def _batch(
+    job: Job,
+    setup: Setup,
+    chain: Chain,
+    extractors: Mapping[str, Extractor],
+    indices: range,
+    keep: int,
+) -> dict[str, np.ndarray]:
+    """Samples of the given global indices and what the extractors make of them; the first `keep` rows count."""
+    cond = conditions(job.suite, setup.model, indices, setup.device)
+    ledger = Ledger(len(indices), budget=job.cell.nfe)
+    x = sample(setup, chain, job.cell, indices, cond, ledger)
+    batch = SampleBatch(x, to_uint8(x) if setup.model.is_image else None, cond, setup.model)
+    _check(batch, keep)
+    with torch.no_grad():
+        arrays = {name: extract(batch)[:keep].cpu().numpy() for name, extract in extractors.items()}
+    return arrays | _counts(ledger, keep) | _kept_images(batch, indices, keep, job.keep_images)
+
+
+def conditions(suite: Suite, model: Model, indices: Sequence[int], device: torch.device) -> Cond:
+    """Conditions of global sample indices: a function of the index alone."""
+    if suite.conditions.labels == "none":
+        return Cond()
+    labels = [i % suite.conditions.classes for i in indices]
+    captions = tuple(model.caption(label) for label in labels) if model.is_image else None
+    return Cond(torch.tensor(labels, dtype=torch.int64, device=device), captions)
+
+
+def sample(setup: Setup, chain: Chain, cell: Cell, indices: Sequence[int], cond: Cond, ledger: Ledger) -> torch.Tensor:
+    """Samples (B, *S) of global indices by a method; every count goes into the ledger.
+
+    Raises:
+        Unsupported: the model lacks a capability the method requires.
+        BudgetExceeded: the method spent more than the cell's budget.
+    """
+    noise = NoiseSource(cell.seed, indices, setup.model.shape, setup.dtype, setup.device)
+    setup.door.ledger = ledger
+    field = Field(wrapped(setup.door, chain, cell.guidance), ledger)
+    x_T = noise.start() * float(setup.path.sigma(setup.path.t_start))
+    with torch.no_grad():
+        x = chain.solver.sample(field, x_T, cond, cell.nfe, noise)
+    _check_shape(x, x_T, chain)
+    return x
+
+
+def wrapped(door: Denoiser, chain: Chain, guidance: float) -> Denoiser:
+    """The door inside the suite's guidance (unless a wrap of the method guides itself) and the method's wraps."""
+    lacking = sorted(chain.requires - door.provides)
+    denoiser = door
+    if guidance != 1.0 and not any(wrap.guides for wrap in chain.wraps):
+        guide = registry.build_guidance(guidance)
+        lacking = sorted((chain.requires | guide.requires) - door.provides)
+        denoiser = guide.wrap(denoiser)
+    if lacking:
+        raise Unsupported(f"not supported: needs {', '.join(lacking)}")
+    for wrap in chain.wraps:
+        denoiser = wrap.wrap(denoiser)
+    return denoiser
+
+
+def _check_shape(x: Any, x_T: torch.Tensor, chain: Chain) -> None:
+    if not isinstance(x, torch.Tensor) or x.shape != x_T.shape:
+        found = tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
+        raise BadSamples(f"{chain.text} returned {found}, expected a tensor of shape {tuple(x_T.shape)}")
+
+
+def _check(batch: SampleBatch, keep: int) -> None:
+    """A bad sample is an error of the cell, never silently dropped."""
+    bad = int((~torch.isfinite(batch.x[:keep])).flatten(1).any(1).sum())
+    if bad:
+        raise BadSamples(f"{bad} of {keep} samples hold NaN or infinity")
+    if batch.images is not None:
+        flat = batch.images[:keep].flatten(1)
+        constant = int((flat == flat[:, :1]).all(1).sum())
+        if constant:
+            raise BadSamples(f"{constant} of {keep} images are constant")
+        if keep > 1 and len(torch.unique(flat, dim=0)) < keep:
+            raise BadSamples(f"{keep - len(torch.unique(flat, dim=0))} of {keep} images are duplicates")
+
+
+def _counts(ledger: Ledger, keep: int) -> dict[str, np.ndarray]:
+    counts = {"nfe": ledger.nfe, "cost": ledger.cost, "flops": ledger.flops}
+    counts |= {f"evals.{role}": evals for role, evals in ledger.evals.items()}
+    counts["depth"] = np.full(ledger.batch, float(ledger.depth))
+    return {f"count:{name}": values[:keep] for name, values in counts.items()}
+
+
+def _kept_images(batch: SampleBatch, indices: range, keep: int, keep_all: bool) -> dict[str, np.ndarray]:
+    """uint8 images to keep: all, or those among the first samples of the cell."""
+    if batch.images is None:
+        return {}
+    wanted = keep if keep_all else max(0, min(keep, GRID_SAMPLES - indices.start))
+    return {"images": batch.images[:wanted].cpu().numpy()}
+
+
+@lru_cache(maxsize=16)
+def _extractor(name: str, device: str) -> Extractor:
+    return registry.build_extractor(name)
+
+
+# --- references -----------------------------------------------------------------------------------------------------
+
+
+def reference_file(suite: Suite, reference: Reference) -> Path:
+    """Where a reference file lies: inside the package, or beside the suite's TOML."""
+    inside, _, name = reference.file.partition(":")
+    if inside == "evalbench" and name:
+        return Path(str(files("evalbench"))).joinpath(*name.split("/"))
+    return Path(suite.folder) / reference.file
+
+
+def check_suite(suite: Suite) -> None:
+    """Everything about a suite that can be wrong before the first sample is drawn.
+
+    Raises:
+        UserError: unknown model, option or path; a reference file is missing or its SHA-256 is not the suite's.
+    """
+    model = registry.build_model(suite.model.loader, suite.model.options)
+    _noise_path(suite, model)
+    _check_conditions(suite, model)
+    for key, reference in suite.references.items():
+        if reference.model:
+            continue
+        file = reference_file(suite, reference)
+        if not file.is_file():
+            raise UserError(f"suite '{suite.name}': reference '{key}' names {file}, which does not exist")
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        if digest != reference.sha256:
+            raise UserError(
+                f"suite '{suite.name}': reference '{key}' has SHA-256 {digest[:16]}..., the suite says "
+                f"{reference.sha256[:16] or 'nothing'}...; restore the file or correct the suite"
+            )
+
+
+def load_reference(suite: Suite, key: str, plugins: Mapping[str, str]) -> Parts | None:
+    """Arrays of a reference; None when the suite has none under that key."""
+    reference = suite.references.get(key)
+    if reference is None:
+        return None
+    if reference.model:
+        return prepare(suite, plugins).model.reference(key)
+    from safetensors.numpy import load_file
+
+    return load_file(reference_file(suite, reference))
+
+
+# --- latency --------------------------------------------------------------------------------------------------------
+
+LATENCY_BATCH = 64
+
+
+@dataclass(frozen=True)
+class LatencyJob:
+    """Cells to time against each other, interleaved, alone on a device."""
+
+    suite: Suite
+    cells: tuple[Cell, ...]
+    rounds: int
+    plugins: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def batch(self) -> int:
+        """Samples per timed call."""
+        return min(LATENCY_BATCH, self.suite.sampling.batch)
+
+
+@dataclass(frozen=True)
+class LatencyResult:
+    """Timings by cell id, or why a cell could not be timed."""
+
+    outcomes: dict[str, Latency | Failure]
+    environment: dict[str, Any]
+
+
+def run_latency(job: LatencyJob) -> LatencyResult:
+    """Time whole sampling calls, from x_T to finished images, without feature extraction."""
+    setup = prepare(job.suite, job.plugins)
+    described = environment.describe(setup.device)
+    outcomes: dict[str, Latency | Failure] = {}
+    calls = {cell.id: _timed_call(setup, cell, job) for cell in job.cells}
+    for cell_id, call in calls.items():
+        try:
+            call()  # a cell that fails is found out before the rounds begin
+        except Exception as error:
+            outcomes[cell_id] = Failure(
+                type=type(error).__name__, message=_first_line(error), traceback=traceback.format_exc()
+            )
+    alive = [cell_id for cell_id in calls if cell_id not in outcomes]
+    seconds = interleaved([calls[cell_id] for cell_id in alive], job.rounds, setup.device)
+    for cell_id, values in zip(alive, seconds, strict=True):
+        outcomes[cell_id] = Latency(
+            batch=job.batch,
+            seconds=tuple(values),
+            warmup=2,
+            device=described["device"],
+            threads=described["threads"],
+            peak_bytes=environment.peak_bytes(setup.device),
+        )
+    return LatencyResult(outcomes, described)
+
+
+def _timed_call(setup: Setup, cell: Cell, job: LatencyJob) -> Callable[[], object]:
+    chain = registry.build_method(cell.method)
+    indices = range(job.batch)
+    cond = conditions(job.suite, setup.model, indices, setup.device)
+
+    def call() -> object:
+        x = sample(setup, chain, cell, indices, cond, Ledger(job.batch, budget=cell.nfe))
+        return to_uint8(x) if setup.model.is_image else x
+
+    return call

@@ -1,0 +1,1 @@
+"""Guidance: how condition and network are combined."""

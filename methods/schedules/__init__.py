@@ -1,0 +1,1 @@
+"""Schedules: where on the noise path a solver spends its evaluations."""

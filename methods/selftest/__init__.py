@@ -1,0 +1,1 @@
+"""Methods with a known outcome, to test the harness itself."""

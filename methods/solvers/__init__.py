@@ -1,0 +1,1 @@
+"""Solvers of the sampling equation: ordinary and stochastic, one step or many."""
