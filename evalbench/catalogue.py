@@ -39,8 +39,8 @@ def _method_rows(name: str) -> list[dict[str, Any]]:
 
 def _metric_ids() -> list[str]:
     """The metric ids that the built-in suites use: an id is a protocol, so a bare metric name is not one."""
-    used = {metric for name in suite_names() for metric in load_suite(name).metrics.names}
-    return sorted(used)
+    suites = [load_suite(name).metrics for name in suite_names()]
+    return sorted({metric for metrics in suites for metric in (*metrics.names, *metrics.optional)})
 
 
 def _metric_row(metric_id: str) -> dict[str, Any]:

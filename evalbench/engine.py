@@ -314,7 +314,7 @@ def polynomial_weights(
     to t > 0 by Gauss-Legendre quadrature in lambda, in which rho = e^{-lambda} and all spaces are smooth (on a
     `vp-discrete` path t(lambda) has kinks at the table's entries, which limit the quadrature's accuracy for `t`).
 
-    Source: Zhang & Chen 2023, DEIS, eq. 15 and section 3.4 (tAB, rhoAB).
+    Source: Zhang & Chen 2023, DEIS (tAB, rhoAB).
     """
 
     def coordinate(times: Any) -> np.ndarray:

@@ -70,10 +70,11 @@ class Sampling(Frozen):
 
 
 class Metrics(Frozen):
-    """Metric ids; `primary` is the one that verdicts and charts use."""
+    """Metric ids; `primary` is the one that verdicts and charts use, `optional` ones run when `--metrics` asks."""
 
     names: tuple[str, ...]
     primary: str
+    optional: tuple[str, ...] = ()
 
 
 class Solution(Frozen):

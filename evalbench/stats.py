@@ -38,8 +38,8 @@ class Line:
     """A robust line y = intercept + slope x.
 
     Attributes:
-        r2: share of the variance of y that the line explains; 1 for a perfect line, negative for one worse than the
-            mean, NaN-free: a constant y gives 1 when the line meets it.
+        r2: share of the variance of y that the line explains; negative for a line worse than the mean of y. A
+            constant y gives 1 where the line meets it, else 0.
         slope_low, slope_high: 95 % interval of the slope (Sen 1968).
     """
 
@@ -127,8 +127,5 @@ def line_fit(x: np.ndarray, y: np.ndarray) -> Line:
     slope, intercept = float(fit.slope), float(fit.intercept)
     residual = float(np.sum((y - intercept - slope * x) ** 2))
     total = float(np.sum((y - np.mean(y)) ** 2))
-    if total > 0:
-        r2 = 1 - residual / total
-    else:
-        r2 = 1.0 if residual == 0 else 0.0
+    r2 = 1 - residual / total if total > 0 else float(residual == 0)
     return Line(slope, intercept, r2, float(fit.low_slope), float(fit.high_slope))

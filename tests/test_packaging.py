@@ -7,8 +7,8 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tomllib
-import uuid
 import zipfile
 from pathlib import Path, PurePosixPath
 
@@ -18,7 +18,6 @@ ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 FOLDERS = {"evalbench": "evalbench", "methods": "evalbench/methods", "suites": "evalbench/suites"}
 NOT_INSTALLED = {"__pycache__", ".ruff_cache", ".mypy_cache", ".pytest_cache", ".ipynb_checkpoints"}
-TEMPORARY = "temporary_probe_"  # the editable test below drops such a file into methods/solvers
 
 
 def run(*command: str | Path, cwd: Path = ROOT, **environ: str) -> str:
@@ -44,7 +43,7 @@ def files_on_disk() -> dict[str, Path]:
         for path in sorted((ROOT / folder).rglob("*"))
         if path.is_file()
         and not NOT_INSTALLED & set(path.parts)
-        and not path.name.startswith((".", TEMPORARY))
+        and not path.name.startswith(".")
         and path.suffix != ".pyc"
     }
 
@@ -59,17 +58,22 @@ def packages_on_disk() -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel of a copy, so that no build folder is left in the checkout."""
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what is packaged, so that nothing is built or dropped in the real one."""
     copy = tmp_path_factory.mktemp("checkout")
     for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE"):
         if (ROOT / name).exists():
             shutil.copy(ROOT / name, copy)
     for folder in FOLDERS:
-        skip = shutil.ignore_patterns(*NOT_INSTALLED, f"{TEMPORARY}*")
-        shutil.copytree(ROOT / folder, copy / folder, ignore=skip)
+        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns(*NOT_INSTALLED))
+    return copy
+
+
+@pytest.fixture(scope="module")
+def wheel(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel."""
     out = tmp_path_factory.mktemp("wheel")
-    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", out, cwd=copy)
+    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", out, cwd=checkout)
     return next(out.glob("*.whl"))
 
 
@@ -128,18 +132,24 @@ print(evalbench.__version__)
     assert version == PYPROJECT["project"]["version"]
 
 
-def test_editable_install_sees_a_new_method_file(tmp_path: Path):
-    where = run(sys.executable, "-c", "import evalbench; print(evalbench.__file__)", cwd=tmp_path)
-    if not Path(where.strip()).is_relative_to(ROOT):
-        pytest.skip("evalbench is not installed from this checkout: pip install -e .")
-    name = f"{TEMPORARY}{uuid.uuid4().hex[:8]}"
-    new = ROOT / "methods" / "solvers" / f"{name}.py"
-    new.write_text("ANSWER = 42\n", "utf-8")
-    try:
-        code = f"from evalbench.methods.solvers import {name}; print({name}.ANSWER)"
-        assert run(sys.executable, "-B", "-c", code, cwd=tmp_path).strip() == "42"
-    finally:
-        new.unlink()
+def test_editable_install_sees_a_new_method_file(checkout: Path, tmp_path: Path):
+    build = "import sys, setuptools.build_meta as backend; backend.build_editable(sys.argv[1])"
+    run(sys.executable, "-c", build, tmp_path, cwd=checkout)
+    site = tmp_path / "site"
+    zipfile.ZipFile(next(tmp_path.glob("*.whl"))).extractall(site)
+    (checkout / "methods" / "solvers" / "dropped_in.py").write_text("ANSWER = 42\n", "utf-8")
+    code = f"""
+import site; site.addsitedir({str(site)!r})
+from evalbench.methods.solvers import dropped_in
+print(dropped_in.ANSWER, dropped_in.__file__)
+"""
+    # -S: without the .pth files of this environment, where evalbench is installed from the real checkout
+    libraries = sysconfig.get_paths()["purelib"]
+    answer, place = run(
+        sys.executable, "-S", "-c", code, cwd=tmp_path, PYTHONPATH=f"{site}{os.pathsep}{libraries}"
+    ).split()
+    assert answer == "42"
+    assert Path(place).is_relative_to(checkout)
 
 
 def test_console_script_is_declared_and_versions_agree(tmp_path: Path):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from evalbench.errors import BadSamples, EvalbenchError, UserError
 from evalbench.interfaces import Parts
 
+Array: TypeAlias = NDArray[np.float64]
 _SPLIT_SEED = 20_240_607  # fixes which half, or block, a sample index falls into; changing it changes numbers
 
 
@@ -30,7 +33,7 @@ class Rows:
         """Number of samples."""
         return sum(len(block) for block in self.blocks)
 
-    def joined(self) -> np.ndarray:
+    def joined(self) -> Array:
         """All rows as float64."""
         return np.concatenate([block.astype(np.float64) for block in self.blocks])
 
@@ -51,7 +54,7 @@ def rows_of(metric: str, parts: Parts, name: str) -> np.ndarray:
     return rows
 
 
-def scores_of(metric: str, parts: Parts, name: str) -> np.ndarray:
+def scores_of(metric: str, parts: Parts, name: str) -> Array:
     """The array of an extractor that gives one number per sample, as float64 (B,).
 
     Raises:
@@ -73,7 +76,7 @@ def need_reference(metric: str, key: str, reference: Parts | None) -> Parts:
     return reference
 
 
-def reference_rows(metric: str, key: str, reference: Parts | None, dims: int) -> np.ndarray:
+def reference_rows(metric: str, key: str, reference: Parts | None, dims: int) -> Array:
     """Single samples of the reference as float64 (M, D): its `features`, or the `draws` of an exact model.
 
     Raises:
@@ -110,13 +113,12 @@ def require_samples(metric: str, n: int, need: int, why: str, *, allow_small_n: 
     """
     if n < need and not allow_small_n:
         raise UserError(
-            f"metric '{metric}' needs at least {need} samples ({why}), got {n}; "
-            "raise --samples or pass --allow-small-n"
+            f"metric '{metric}' needs at least {need} samples ({why}), got {n}; raise --samples or pass --allow-small-n"
         )
     return n < need
 
 
-def split_labels(n: int, groups: int) -> np.ndarray:
+def split_labels(n: int, groups: int) -> NDArray[np.int64]:
     """Which of `groups` equal groups each sample index falls into, int (n,); the same for all methods of a suite.
 
     A fixed random split: positions modulo something would follow the label plan.

@@ -91,7 +91,7 @@ def in_batches(network: Callable[[torch.Tensor], torch.Tensor], inputs: torch.Te
 
     outputs = []
     with exact_float32(inputs.device):
-        for rows in inputs.split(BATCH):
+        for rows in torch.split(inputs, BATCH):
             filling = rows[-1:].expand(BATCH - len(rows), *rows.shape[1:])
             outputs.append(network(torch.cat([rows, filling]))[: len(rows)])
     return torch.cat(outputs)
@@ -202,12 +202,12 @@ class TinyFashion(_NetworkExtractor):
         return (seen * texts).sum(dim=1)
 
     def _image_vectors(self, images: torch.Tensor) -> torch.Tensor:
-        visual = self._model.visual
+        pixels = images.float() / 255
         mean, std = (
-            torch_tensor(numbers, images.device)
-            for numbers in (visual.image_mean, visual.image_std)
+            pixels.new_tensor(numbers).view(-1, 1, 1)
+            for numbers in (self._model.visual.image_mean, self._model.visual.image_std)
         )
-        pixels = (images.float() / 255 - mean) / std
+        pixels = (pixels.expand(-1, len(mean), -1, -1) - mean) / std  # (B, 3, H, W), grey images too
         vectors: torch.Tensor = self._model.encode_image(pixels, normalize=True)
         return vectors
 

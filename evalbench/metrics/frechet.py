@@ -20,6 +20,7 @@ import numpy as np
 from evalbench.errors import EvalbenchError
 from evalbench.interfaces import Metric, Parts, Value
 from evalbench.metrics.common import (
+    Array,
     Rows,
     check_reference,
     need_reference,
@@ -35,11 +36,11 @@ from evalbench.stats import normal_interval
 class Gaussian:
     """Mean (D,) and covariance (D, D), float64."""
 
-    mean: np.ndarray
-    cov: np.ndarray
+    mean: Array
+    cov: Array
 
     @cached_property
-    def root(self) -> np.ndarray:
+    def root(self) -> Array:
         """The symmetric square root of the covariance."""
         return sqrt_psd(self.cov)
 
@@ -49,8 +50,8 @@ class Moments:
     """Sums over samples, float64: n, sum (D,), sum of outer products (D, D). They add exactly as shards do."""
 
     n: int
-    sum: np.ndarray
-    outer: np.ndarray
+    sum: Array
+    outer: Array
 
     def __add__(self, other: Moments) -> Moments:
         return Moments(self.n + other.n, self.sum + other.sum, self.outer + other.outer)
@@ -68,19 +69,20 @@ def moments(features: np.ndarray) -> Moments:
     return Moments(len(x), x.sum(axis=0), x.T @ x)
 
 
-def sqrt_psd(cov: np.ndarray) -> np.ndarray:
+def sqrt_psd(cov: Array) -> Array:
     """Symmetric square root of a positive semidefinite matrix; eigenvalues at the level of rounding count as zero."""
     eigenvalues, vectors = np.linalg.eigh(cov)
-    return (vectors * np.sqrt(_clean(eigenvalues))) @ vectors.T
+    root: Array = (vectors * np.sqrt(_clean(eigenvalues))) @ vectors.T
+    return root
 
 
-def _clean(eigenvalues: np.ndarray) -> np.ndarray:
+def _clean(eigenvalues: np.ndarray) -> Array:
     """Eigenvalues with those below rounding error set to zero."""
     floor = eigenvalues.max(initial=0.0) * len(eigenvalues) * np.finfo(np.float64).eps
     return np.where(eigenvalues > floor, eigenvalues, 0.0)
 
 
-def _product(a: Gaussian, b: Gaussian) -> np.ndarray:
+def _product(a: Gaussian, b: Gaussian) -> Array:
     """S_b^1/2 S_a S_b^1/2, symmetric to the last bit."""
     product = b.root @ a.cov @ b.root
     return (product + product.T) / 2
@@ -93,7 +95,7 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     return float(difference @ difference + np.trace(a.cov) + np.trace(b.cov) - 2 * cross)
 
 
-def transport_map(a: Gaussian, b: Gaussian) -> np.ndarray:
+def transport_map(a: Gaussian, b: Gaussian) -> Array:
     """The linear map T that carries covariance S_a to S_b: S_b^1/2 (S_b^1/2 S_a S_b^1/2)^-1/2 S_b^1/2.
 
     With a singular S_a the inverse is the pseudo-inverse: T is then right on the range of S_a, which holds all samples.
@@ -102,7 +104,8 @@ def transport_map(a: Gaussian, b: Gaussian) -> np.ndarray:
     roots = np.sqrt(_clean(eigenvalues))
     inverse = np.divide(1.0, roots, out=np.zeros_like(roots), where=roots > 0)
     half = b.root @ vectors
-    return (half * inverse) @ half.T
+    carry: Array = (half * inverse) @ half.T
+    return carry
 
 
 @dataclass(frozen=True)
@@ -120,15 +123,16 @@ class Influence:
     b: Gaussian
 
     @cached_property
-    def _slope(self) -> np.ndarray:
+    def _slope(self) -> Array:
         return np.eye(len(self.a.mean)) - transport_map(self.a, self.b)
 
-    def __call__(self, features: np.ndarray) -> np.ndarray:
+    def __call__(self, features: np.ndarray) -> Array:
         """psi of features (B, D), float64 (B,)."""
         u = features.astype(np.float64) - self.a.mean
         linear = 2 * (u @ (self.a.mean - self.b.mean))
         quadratic = np.einsum("bd,bd->b", u @ self._slope, u)
-        return linear + quadratic - np.sum(self._slope * self.a.cov)
+        psi: Array = linear + quadratic - np.sum(self._slope * self.a.cov)
+        return psi
 
 
 def half_split_bias(features: np.ndarray, whole: float, reference: Gaussian) -> float:
@@ -221,9 +225,7 @@ class FrechetDistance(Metric[FrechetState]):
     def merge(self, a: FrechetState, b: FrechetState) -> FrechetState:
         return FrechetState(a.moments + b.moments, a.rows + b.rows)
 
-    def compute(
-        self, state: FrechetState, reference: Parts | None, *, allow_small_n: bool = False
-    ) -> Value:
+    def compute(self, state: FrechetState, reference: Parts | None, *, allow_small_n: bool = False) -> Value:
         n, dims = state.moments.n, len(state.moments.sum)
         require_samples(self.id, n, 4, "two halves with a covariance", allow_small_n=False)
         rule = f"2 x {dims} dimensions"
@@ -235,9 +237,7 @@ class FrechetDistance(Metric[FrechetState]):
         gaussian = state.moments.gaussian()
         value = frechet_distance(gaussian, target)
         if value < -1e-3 * max(1.0, float(np.trace(target.cov))):
-            raise EvalbenchError(
-                f"metric '{self.id}' is {value}: reference '{self.reference_key}' is not a covariance"
-            )
+            raise EvalbenchError(f"metric '{self.id}' is {value}: reference '{self.reference_key}' is not a covariance")
         influence = Influence(gaussian, target)
         psi = np.concatenate([influence(block) for block in state.rows.blocks])
         se = float(np.std(psi, ddof=1) / np.sqrt(n))

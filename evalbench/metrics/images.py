@@ -15,9 +15,7 @@ def to_uint8(x: torch.Tensor) -> torch.Tensor:
     return ((x + 1.0) * 127.5).round().clamp(0, 255).byte()
 
 
-def check_images(
-    images: torch.Tensor, x: torch.Tensor | None = None, *, shape: tuple[int, ...] | None = None
-) -> None:
+def check_images(images: torch.Tensor, x: torch.Tensor | None = None, *, shape: tuple[int, ...] | None = None) -> None:
     """Raise on samples that no score may be computed from; none is ever dropped.
 
     Args:
@@ -27,7 +25,9 @@ def check_images(
     Raises:
         BadSamples: wrong size or dtype, NaN or infinity, a constant image, or two equal samples.
     """
-    if str(images.dtype) != "torch.uint8":
+    import torch  # slow; the names of metrics are listed without it
+
+    if images.dtype != torch.uint8:
         raise BadSamples(f"images are {images.dtype}, expected torch.uint8; make them with to_uint8")
     if shape is not None and tuple(images.shape[1:]) != tuple(shape):
         raise BadSamples(f"images have size {tuple(images.shape[1:])}, expected {tuple(shape)}")
@@ -42,6 +42,6 @@ def check_images(
     constant = int((flat == flat[:, :1]).all(1).sum())
     if constant:
         raise BadSamples(f"{constant} of {count} images are constant")
-    repeated = count - len((images if x is None else x).flatten(1).unique(dim=0))
+    repeated = count - len(torch.unique((images if x is None else x).flatten(1), dim=0))
     if repeated:
         raise BadSamples(f"{repeated} of {count} samples are duplicates")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from evalbench.interfaces import Metric, Parts, Value
-from evalbench.metrics.common import Rows, reference_rows, require_samples, rows_of
+from evalbench.metrics.common import Array, Rows, reference_rows, require_samples, rows_of
 from evalbench.registry import register
 from evalbench.stats import normal_interval
 
@@ -32,7 +32,7 @@ class Mmd:
     """
 
     value: float
-    influence: np.ndarray
+    influence: Array
 
     @property
     def se(self) -> float:
@@ -40,13 +40,14 @@ class Mmd:
         return float(np.std(self.influence, ddof=1) / np.sqrt(len(self.influence)))
 
 
-def cubic_kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def cubic_kernel(x: Array, y: Array) -> Array:
     """(x.y / D + 1)^3 of all pairs, (n, m)."""
-    base = x @ y.T / x.shape[1] + 1.0
-    return base * base * base
+    base: Array = x @ y.T / x.shape[1] + 1.0
+    cubes: Array = base * base * base
+    return cubes
 
 
-def _row_sums(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def _row_sums(x: Array, y: Array) -> Array:
     """sum_j k(x_i, y_j), (n,)."""
     sums = np.zeros(len(x))
     for i in range(0, len(x), _BLOCK):
@@ -55,7 +56,7 @@ def _row_sums(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return sums
 
 
-def _mean_others(x: np.ndarray) -> np.ndarray:
+def _mean_others(x: Array) -> Array:
     """mean_{j != i} k(x_i, x_j), (n,); every pair is computed once."""
     sums = np.zeros(len(x))
     for i in range(0, len(x), _BLOCK):
@@ -69,7 +70,7 @@ def _mean_others(x: np.ndarray) -> np.ndarray:
     return sums / (len(x) - 1)
 
 
-def mmd2(x: np.ndarray, y: np.ndarray) -> Mmd:
+def mmd2(x: Array, y: Array) -> Mmd:
     """Unbiased MMD^2 of samples x (n, D) and reference y (m, D), float64, n, m >= 2."""
     own, cross = _mean_others(x), _row_sums(x, y) / len(y)
     psi = 2 * (own - cross)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from evalbench.interfaces import Metric, Parts, Value
-from evalbench.metrics.common import Rows, reference_rows, require_samples, rows_of, split_labels
+from evalbench.metrics.common import Array, Rows, reference_rows, require_samples, rows_of, split_labels
 from evalbench.registry import register
 from evalbench.stats import t_interval
 
@@ -18,14 +18,15 @@ _DIRECTION_SEED = 20_240_608
 _GROUPS = 16  # of the delete-a-group jackknife
 
 
-def directions(dims: int) -> np.ndarray:
+def directions(dims: int) -> Array:
     """256 fixed unit vectors, (256, D), from one Philox seed; part of the metric's definition."""
     generator = np.random.Generator(np.random.Philox(key=_DIRECTION_SEED))
-    vectors = generator.standard_normal((_DIRECTIONS, dims))
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    vectors: Array = generator.standard_normal((_DIRECTIONS, dims))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors
 
 
-def squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def squared_distances(a: Array, b: Array) -> Array:
     """W_2^2 of one-dimensional samples, row by row.
 
     Args:
@@ -36,11 +37,12 @@ def squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """
     n, m = a.shape[1], b.shape[1]
     if n == m:
-        return np.mean((a - b) ** 2, axis=1)
+        return np.asarray(np.mean((a - b) ** 2, axis=1))
     # both quantile functions are constant between neighbouring multiples of 1 / (n m): exact in integers
     cuts = np.union1d(np.arange(n) * m, np.arange(m) * n)
     weights = np.diff(cuts, append=n * m) / (n * m)
-    return np.asarray(((a[:, cuts // m] - b[:, cuts // n]) ** 2) @ weights)
+    distances: Array = (a[:, cuts // m] - b[:, cuts // n]) ** 2 @ weights
+    return distances
 
 
 @register("sw")

@@ -82,7 +82,7 @@ class Block:
 
     Attributes:
         rows: sorted by method and NFE. samples: N. protocol: hash; facts: what was hashed.
-        metrics: ids, the suite's order. floors: by metric id, at this N.
+        metrics: ids that have a value somewhere, in the suite's order. floors: by metric id, at this N.
         marks: note -> footnote mark.
     """
 
@@ -151,13 +151,14 @@ class Block:
 
 
 class Trouble(NamedTuple):
-    """A cell, or a metric of it, that has no value, and why."""
+    """A cell, or a metric of some cells, that has no value, and why.
 
-    method: str
-    nfe: int
-    guidance: float
-    seed: int
-    kind: str
+    Attributes:
+        where: which cells. what: `quality`, `latency` or a metric id. status: `error`, `unsupported` or `missing`.
+    """
+
+    where: str
+    what: str
     status: str
     reason: str
 
@@ -196,9 +197,7 @@ def display_names(records: Iterable[Record]) -> dict[str, str]:
     for record in held:
         variants[record.cell.method].add(record.cell.settings)
     return {
-        r.cell.id: r.cell.method
-        if len(variants[r.cell.method]) == 1
-        else f"{r.cell.method} #{r.cell.settings[:6]}"
+        r.cell.id: r.cell.method if len(variants[r.cell.method]) == 1 else f"{r.cell.method} #{r.cell.settings[:6]}"
         for r in held
     }
 
@@ -210,23 +209,37 @@ def blocks(records: Sequence[Record], suite: Suite) -> list[Block]:
     groups: dict[tuple[Any, ...], list[Record]] = {}
     for record in sorted(quality, key=lambda r: r.status != "ok"):
         groups.setdefault(_group(record, groups), []).append(record)
-    metrics = metric_ids(quality, suite)
+    valued = {name for r in quality for name in finite(r)} | {suite.metrics.primary}
+    metrics = tuple(name for name in metric_ids(quality, suite) if name in valued)
     found = [_block(members, suite, metrics, names) for members in groups.values()]
     return sorted(found, key=lambda b: (b.suite, b.version, b.guidance, -b.samples, b.protocol))
 
 
 def troubles(records: Iterable[Record]) -> list[Trouble]:
-    """Every cell and every metric without a value, with the reason."""
+    """Every cell and every metric without a value, with the reason; a reason that many cells share stands once."""
     held = sorted(records, key=_order)
     names = display_names(held)
-    found = []
+    found = [Trouble(_where(r, names), r.kind, r.status, reason(r)) for r in held if r.status != "ok"]
+    shared: defaultdict[tuple[str, str], list[Record]] = defaultdict(list)
     for r in held:
-        where = (names[r.cell.id], r.cell.nfe, r.cell.guidance, r.cell.seed)
-        if r.status != "ok":
-            found.append(Trouble(*where, r.kind, r.status, reason(r)))
-        for metric, why in sorted(why_missing(r).items() if r.status == "ok" else ()):
-            found.append(Trouble(*where, metric, "missing", first_line(why)))
+        for metric, why in why_missing(r).items() if r.status == "ok" else ():
+            shared[metric, first_line(why)].append(r)
+    for (metric, why), cells in sorted(shared.items()):
+        found.append(Trouble(_where_all(cells, names), metric, "missing", why))
     return found
+
+
+def _where(record: Record, names: Mapping[str, str]) -> str:
+    cell = record.cell
+    guidance = "" if cell.guidance == 1 else f", guidance {cell.guidance:g}"
+    seed = "" if cell.seed == 0 else f", seed {cell.seed}"
+    return f"{names[cell.id]} at NFE {cell.nfe}{guidance}{seed}"
+
+
+def _where_all(cells: Sequence[Record], names: Mapping[str, str]) -> str:
+    if len(cells) < 4:
+        return "; ".join(_where(r, names) for r in cells)
+    return f"{len(cells)} cells of {', '.join(dict.fromkeys(names[r.cell.id] for r in cells))}"
 
 
 def environments(records: Iterable[Record]) -> list[tuple[dict[str, Any], int]]:
@@ -279,9 +292,7 @@ def _group(record: Record, groups: Iterable[tuple[Any, ...]]) -> tuple[Any, ...]
     return key if key in fits or not fits else fits[0]
 
 
-def _block(
-    members: Sequence[Record], suite: Suite, metrics: tuple[str, ...], names: Mapping[str, str]
-) -> Block:
+def _block(members: Sequence[Record], suite: Suite, metrics: tuple[str, ...], names: Mapping[str, str]) -> Block:
     cells: defaultdict[tuple[str, int], list[Record]] = defaultdict(list)
     for record in sorted(members, key=_order):
         cells[names[record.cell.id], record.cell.nfe].append(record)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from evalbench.engine import Noise, Plan, PlannedSolver, State, check_grid
 from evalbench.errors import UserError
@@ -37,7 +38,7 @@ class DDIM(PlannedSolver):
     def plan(self, path: Path, times: Sequence[float]) -> Plan:
         plan = Plan("eps")
         x = plan.x_T
-        for s, t in zip(times, times[1:], strict=False):
+        for s, t in pairwise(times):
             x = ddim_step(plan, path, x, s, t, self.eta)
         return plan.finish(x)
 

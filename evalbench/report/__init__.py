@@ -1,0 +1,62 @@
+"""Records -> Markdown, HTML, CSV, figures, and the table of a terminal. Nothing heavy is imported before it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from evalbench.errors import unknown
+from evalbench.spec import Record, Suite, parse_suite
+from evalbench.store import Store
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from rich.console import Console
+
+FORMATS = ("md", "html", "csv")
+
+
+def build_report(store: Store, out_dir: Path, formats: Sequence[str] = FORMATS) -> dict[str, Path]:
+    """Write the report of a run.
+
+    Args:
+        store: the run. out_dir: for report.md, report.html, figures and sample grids; usually RUN/report.
+        formats: which of `md`, `html`, `csv`; `csv` writes table.csv and timings.csv into the run folder itself.
+
+    Returns:
+        The files: `table`, `timings`, `md`, `html`, and `figure:NAME`, `grid:NAME` for the pictures.
+
+    Raises:
+        UserError: an unknown format.
+    """
+    for name in formats:
+        if name not in FORMATS:
+            raise unknown("format", name, FORMATS)
+    from evalbench.report import build
+
+    return build.build(store, suite_of(store), Path(out_dir), formats)
+
+
+def load(run: Path | str) -> pd.DataFrame:
+    """The cells of a run as a DataFrame, one row each: the content of table.csv.
+
+    Raises:
+        UserError: not a run folder.
+    """
+    from evalbench.report.frames import cells_frame
+
+    store = Store(run)
+    return cells_frame(store.records(), suite_of(store))
+
+
+def print_table(records: Sequence[Record], suite: Suite, console: Console) -> None:
+    """Print methods x NFE for the primary metric, the other metrics and counts, and what failed and why."""
+    from evalbench.report import console as terminal
+
+    terminal.print_table(records, suite, console)
+
+
+def suite_of(store: Store) -> Suite:
+    """The suite of a run, from its manifest."""
+    return parse_suite(store.manifest()["suite"], "", where=f"manifest of {store.folder}")

@@ -1,0 +1,252 @@
+"""What a report says, independent of its format: headline, tables as text, footnotes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from evalbench.report.figures import Drawn
+from evalbench.report.text import MISSING, count, number
+from evalbench.report.view import (
+    Block,
+    Row,
+    Trouble,
+    blocks,
+    environments,
+    flat,
+    floor_text,
+    troubles,
+)
+from evalbench.spec import Record, Suite
+
+STATUS_WORDS = {"error": "error", "unsupported": "not supported", "ok": ""}
+
+
+class Shown(NamedTuple):
+    """A table cell: its text, what to sort by, and how it stands out.
+
+    Attributes:
+        text: as read. key: number to sort by; None sorts by the text. kind: `best`, `floor`, `error` or empty.
+    """
+
+    text: str
+    key: float | None = None
+    kind: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table with a caption; the first `left` columns are names, the rest numbers."""
+
+    caption: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[Shown, ...], ...]
+    left: int = 1
+
+
+@dataclass(frozen=True)
+class Content:
+    """All of a report.
+
+    Attributes:
+        blocks: comparable rows. primary, full: one table per block. notes: footnotes per block.
+        timings, fits: latency tables, None without latencies. troubles: what has no value, and why.
+        protocol: fact -> text. figures: on disk. grids: (heading, PNG).
+    """
+
+    suite: Suite
+    created: str
+    version: str
+    headline: tuple[tuple[str, str], ...]
+    blocks: tuple[Block, ...]
+    primary: tuple[Table, ...]
+    full: tuple[Table, ...]
+    notes: tuple[tuple[str, ...], ...]
+    timings: Table | None
+    fits: Table | None
+    troubles: tuple[Trouble, ...]
+    protocols: tuple[tuple[str, Mapping[str, str]], ...]
+    environments: tuple[tuple[str, Mapping[str, str]], ...]
+    figures: tuple[Drawn, ...] = ()
+    grids: tuple[tuple[str, Path], ...] = ()
+
+
+def gather(
+    records: Sequence[Record],
+    suite: Suite,
+    manifest: Mapping[str, Any],
+    timings: pd.DataFrame,
+    fits: pd.DataFrame,
+    figures: Sequence[Drawn],
+    grids: Sequence[tuple[str, Path]],
+) -> Content:
+    """Everything a report says about these records."""
+    found = blocks(records, suite)
+    primary = suite.metrics.primary
+    return Content(
+        suite=suite,
+        created=str(manifest.get("created", "")),
+        version=str(manifest.get("evalbench", "")),
+        headline=_headline(records, suite, found, manifest),
+        blocks=tuple(found),
+        primary=tuple(primary_table(block, primary) for block in found),
+        full=tuple(full_table(block) for block in found),
+        notes=tuple(footnotes(block) for block in found),
+        timings=_timings_table(timings),
+        fits=_fits_table(fits),
+        troubles=tuple(troubles(records)),
+        protocols=tuple((f"{b.title}: {b.protocol or 'none recorded'}", flat(b.facts)) for b in found),
+        environments=tuple((f"{n} records", flat(facts)) for facts, n in environments(records)),
+        figures=tuple(figures),
+        grids=tuple(grids),
+    )
+
+
+def primary_table(block: Block, metric: str) -> Table:
+    """Methods x NFE for one metric, the best of each column marked, the floor as the last row."""
+    best = {nfe: block.best(metric, [r for r in block.rows if r.nfe == nfe]) for nfe in block.budgets}
+    rows = [
+        (Shown(method), *(_primary_cell(block, metric, block.row(method, nfe), best[nfe]) for nfe in block.budgets))
+        for method in block.methods
+    ]
+    floor = block.floors.get(metric)
+    if floor:
+        cell = Shown(floor_text(floor), floor.value, "floor")
+        rows.append(
+            (Shown(f"floor (perfect sampler, N = {floor.samples})", None, "floor"), *[cell] * len(block.budgets))
+        )
+    header = ("method", *(f"NFE {nfe}" for nfe in block.budgets))
+    return Table(f"{block.heading(metric)}, {block.title}{_seeds(block)}", header, tuple(rows))
+
+
+def _seeds(block: Block) -> str:
+    return f", mean of seeds {', '.join(map(str, block.seeds))}" if len(block.seeds) > 1 else ""
+
+
+def _primary_cell(block: Block, metric: str, row: Row | None, best: Row | None) -> Shown:
+    if row is None:
+        return Shown(MISSING)
+    if metric in row.numbers:
+        found = row.numbers[metric]
+        return Shown(f"{found}{block.mark(found)}", found.value, "best" if row is best else "")
+    return Shown(STATUS_WORDS[row.status] or "no value", None, "error")
+
+
+def full_table(block: Block) -> Table:
+    """Every row with its counts and all metrics; the last row holds the floors."""
+    counts = ("NFE used", "evals", "depth", "cost", "FLOPs")
+    header = ("method", "NFE", *map(block.heading, block.metrics), *counts, "status")
+    rows = [
+        (
+            Shown(row.method),
+            Shown(str(row.nfe), row.nfe),
+            *(_metric_cell(block, row, metric) for metric in block.metrics),
+            *_count_cells(row),
+            Shown(STATUS_WORDS[row.status] or "ok", None, "" if row.status == "ok" else "error"),
+        )
+        for row in block.rows
+    ]
+    if block.floors:
+        floors = [block.floors.get(metric) for metric in block.metrics]
+        cells = [Shown(floor_text(f), f.value, "floor") if f else Shown("", None, "floor") for f in floors]
+        empty = Shown("", None, "floor")
+        rows.append((Shown("floor", None, "floor"), empty, *cells, *[empty] * (len(counts) + 1)))
+    return Table(f"All metrics and counts, {block.title}{_seeds(block)}", header, tuple(rows))
+
+
+def _metric_cell(block: Block, row: Row, metric: str) -> Shown:
+    if metric not in row.numbers:
+        return Shown(MISSING)
+    found = row.numbers[metric]
+    return Shown(f"{found}{block.mark(found)}", found.value)
+
+
+def _count_cells(row: Row) -> list[Shown]:
+    used, p95 = row.mean_count("nfe"), row.mean_count("nfe_p95")
+    adaptive = used is not None and p95 is not None and p95 > used
+    nfe = f"{number(used)} (p95 {number(p95)})" if adaptive else number(used)
+    depth, cost, flops = (row.mean_count(name) for name in ("depth", "cost", "flops"))
+    return [
+        Shown(nfe, used),
+        Shown(number(row.evals), row.evals),
+        Shown(number(depth), depth),
+        Shown(number(cost), cost),
+        Shown(count(flops), flops),
+    ]
+
+
+def footnotes(block: Block) -> tuple[str, ...]:
+    """What must be read with the numbers of a block."""
+    lines = [f"{mark} {note}" for note, mark in block.marks.items()]
+    if any(found.half is not None for row in block.rows for found in row.numbers.values()):
+        lines.append("± is half of the 95 % interval of the value.")
+    lines.append(
+        "Bold: best value of its column, which is not a verdict; `evalbench compare` says whether a difference is real."
+    )
+    if not block.floors:
+        lines.append(f"The suite has no floor at N = {block.samples}.")
+    biases = sorted({m for row in block.rows for m, found in row.numbers.items() if found.bias})
+    if biases:
+        lines.append(
+            f"The finite-sample bias of {', '.join(biases)} is not subtracted; its estimate stands in table.csv."
+        )
+    return tuple(lines)
+
+
+def _headline(
+    records: Sequence[Record], suite: Suite, found: Sequence[Block], manifest: Mapping[str, Any]
+) -> tuple[tuple[str, str], ...]:
+    quality = [r for r in records if r.kind == "quality"]
+    sizes = sorted({b.samples for b in found if b.samples})
+    statuses = {word: sum(r.status == word for r in quality) for word in ("ok", "error", "unsupported")}
+    facts = {
+        "Suite": f"{suite.name}, version {suite.version}",
+        "Samples per cell": ", ".join(f"N = {n}" for n in sizes),
+        "Methods": str(len({r.cell.method for r in quality})),
+        "Cells": ", ".join(f"{n} {word}" for word, n in statuses.items() if n),
+        "Seeds": ", ".join(map(str, sorted({r.cell.seed for r in quality}))),
+        "Started": str(manifest.get("created", ""))[:16].replace("T", " "),
+        "evalbench": str(manifest.get("evalbench", "")),
+    }
+    return tuple((key, value) for key, value in facts.items() if value)
+
+
+def _timings_table(timings: pd.DataFrame) -> Table | None:
+    timed = timings.dropna(subset=["image_median_ms"])
+    if timed.empty:
+        return None
+    guided, seeded = timed["guidance"].nunique() > 1, timed["seed"].nunique() > 1
+    extra = [name for name, wanted in (("guidance", guided), ("seed", seeded)) if wanted]
+    header = ("method", "NFE", *extra, "ms / image", "p10", "p90", "p99", "ms / call", "calls", "peak MB")
+    numbers = [
+        *(f"image_{part}_ms" for part in ("median", "p10", "p90", "p99")),
+        "call_median_ms",
+        "timings",
+        "peak_mb",
+    ]
+    rows = tuple(
+        (Shown(str(row["method"])), *(_number_cell(row[name]) for name in ("nfe", *extra, *numbers)))
+        for row in timed.sort_values(["method", "nfe", "guidance", "seed"]).to_dict("records")
+    )
+    places = timed[["device", "threads", "batch"]].drop_duplicates().itertuples(index=False, name=None)
+    where = "; ".join(f"{device}, {threads:g} threads, batch {batch:g}" for device, threads, batch in places)
+    return Table(f"Latency of whole sampling calls on {where}", header, rows)
+
+
+def _fits_table(fits: pd.DataFrame) -> Table | None:
+    if fits.empty:
+        return None
+    header = ("method", "guidance", "batch", "ms per NFE", "fixed ms", "R²", "points")
+    names = ("guidance", "batch", "ms_per_nfe", "intercept_ms", "r2", "points")
+    rows = tuple(
+        (Shown(str(row["method"])), *(_number_cell(row[name]) for name in names)) for row in fits.to_dict("records")
+    )
+    return Table("Milliseconds per call over measured NFE: robust line (Theil-Sen)", header, rows)
+
+
+def _number_cell(value: Any) -> Shown:
+    return Shown(number(float(value)), float(value))

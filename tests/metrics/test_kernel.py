@@ -1,0 +1,124 @@
+"""KID: a naive double loop, other implementations, unbiasedness, calibrated errors."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from evalbench.errors import BadSamples, UserError
+from evalbench.metrics import kernel
+from evalbench.metrics.kernel import mmd2
+from evalbench.registry import build_metric
+
+RNG = np.random.default_rng
+
+
+def naive_mmd2(x, y):
+    def k(a, b):
+        return (a @ b / len(a) + 1) ** 3
+
+    n, m = len(x), len(y)
+    own = sum(k(x[i], x[j]) for i in range(n) for j in range(n) if i != j) / (n * (n - 1))
+    theirs = sum(k(y[i], y[j]) for i in range(m) for j in range(m) if i != j) / (m * (m - 1))
+    return own + theirs - 2 * sum(k(a, b) for a in x for b in y) / (n * m)
+
+
+def kid(x, y, **options):
+    metric = build_metric("kid@identity")
+    return metric.compute(metric.update({"identity": x}), {"features": y}, **options)
+
+
+@pytest.mark.parametrize("block", [1024, 7])
+def test_agrees_with_the_double_loop(monkeypatch, block):
+    """Also when the samples do not fill whole blocks."""
+    monkeypatch.setattr(kernel, "_BLOCK", block)
+    x, y = RNG(0).standard_normal((23, 5)), 0.3 + RNG(1).standard_normal((17, 5))
+    assert mmd2(x, y).value == pytest.approx(naive_mmd2(x, y), rel=1e-12)
+
+
+@pytest.fixture(scope="module")
+def two_sets():
+    return RNG(2).standard_normal((300, 16)), 0.4 + RNG(3).standard_normal((300, 16))
+
+
+def test_agrees_with_torchmetrics_on_the_same_features(two_sets):
+    import torch
+    from torchmetrics.image.kid import poly_mmd
+
+    x, y = two_sets
+    expected = poly_mmd(torch.from_numpy(y), torch.from_numpy(x)).item()
+    assert kid(x, y).value == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_agrees_with_clean_fid_where_its_subset_is_everything(two_sets):
+    from cleanfid.fid import kernel_distance
+
+    x, y = two_sets
+    assert kid(x, y).value == pytest.approx(kernel_distance(x, y, num_subsets=1), rel=1e-10)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_is_the_expectation_of_clean_fids_random_subsets(two_sets):
+    from cleanfid.fid import kernel_distance
+
+    x, y = two_sets
+    state = np.random.get_state()
+    try:
+        np.random.seed(4)  # clean-fid draws from the global generator
+        draws = [kernel_distance(x, y, num_subsets=1, max_subset_size=60) for _ in range(1500)]
+    finally:
+        np.random.set_state(state)
+    error = np.std(draws, ddof=1) / np.sqrt(len(draws))
+    full = kid(x, y).value
+    assert abs(np.mean(draws) - full) < 3 * error
+    assert error < 0.02 * full
+
+
+def test_is_unbiased_at_zero():
+    """Unlike the estimate that keeps the diagonal."""
+    rng = RNG(5)
+    values = [mmd2(rng.standard_normal((20, 4)), rng.standard_normal((25, 4))).value for _ in range(2000)]
+    error = np.std(values, ddof=1) / np.sqrt(len(values))
+    assert abs(np.mean(values)) < 3 * error
+    assert np.min(values) < 0
+
+
+@pytest.mark.parametrize(("shift", "low", "high"), [(0.3, 0.91, 0.975), (0.0, 0.94, 1.0)])
+def test_interval_covers_the_expected_value(shift, low, high):
+    """With the reference given; conservative at zero, where the first-order effect vanishes."""
+    rng = RNG(6)
+    y = rng.standard_normal((400, 8))
+    values = [kid(shift + rng.standard_normal((200, 8)), y) for _ in range(300)]
+    expected = np.mean([v.value for v in values])
+    assert low <= np.mean([v.low <= expected <= v.high for v in values]) <= high
+
+
+def test_paired_influences_remove_shared_noise():
+    rng = RNG(7)
+    y, differences, errors = rng.standard_normal((300, 4)), [], []
+    for _ in range(200):
+        x = rng.standard_normal((150, 4))
+        a, b = mmd2(1.2 * x, y), mmd2(1.25 * x, y)
+        differences.append(a.value - b.value)
+        errors.append(np.std(a.influence - b.influence, ddof=1) / np.sqrt(150))
+        assert errors[-1] < a.se / 2
+    assert np.mean(errors) == pytest.approx(np.std(differences, ddof=1), rel=0.15)
+
+
+def test_exact_models_offer_draws():
+    metric, x, y = build_metric("kid@identity"), RNG(8).standard_normal((30, 3)), RNG(9).standard_normal((40, 3))
+    state = metric.update({"identity": x})
+    assert metric.compute(state, {"draws": y, "mean": np.zeros(3)}) == metric.compute(state, {"features": y})
+
+
+def test_refusals():
+    x = RNG(10).standard_normal((30, 3))
+    with pytest.raises(UserError, match=r"^metric 'kid@identity' needs at least 4 samples"):
+        kid(x[:3], x, allow_small_n=True)
+    metric = build_metric("kid@identity")
+    with pytest.raises(UserError, match=r"needs single samples, but reference 'identity' has only \['mean'\]"):
+        metric.compute(metric.update({"identity": x}), {"mean": np.zeros(3)})
+    x[0, 0] = np.nan
+    with pytest.raises(BadSamples, match="'identity' is NaN or infinite for 1 of 30 samples"):
+        kid(x, x)
