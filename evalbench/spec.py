@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from evalbench.errors import EvalbenchError, UserError, unknown
 
 SCHEMA = 1
+GRID_SAMPLES = 64  # the first images of a cell are always kept, for grids and galleries
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
@@ -228,8 +229,8 @@ def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _one_line(error: ValidationError, where: str, model: type[BaseModel]) -> str:
-    """The first of pydantic's complaints as one line, with the nearest key for an unknown one."""
-    first = error.errors()[0]
+    """One of pydantic's complaints as one line; an unknown key first, since it explains a missing one."""
+    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     place = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         return str(unknown("key", place, _keys(model, first["loc"]), where=where))

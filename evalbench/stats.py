@@ -68,7 +68,8 @@ def wilson_interval(successes: float, n: int) -> Interval:
     share, z2 = successes / n, Z95**2
     centre = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = Z95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
-    return Interval(max(0.0, centre - half), min(1.0, centre + half))
+    # at the ends the formula gives 0 and 1 but for rounding
+    return Interval(centre - half if successes > 0 else 0.0, centre + half if successes < n else 1.0)
 
 
 def quantile_interval(values: np.ndarray, q: float, level: float = 0.95) -> Interval | None:

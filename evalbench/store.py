@@ -26,9 +26,6 @@ from evalbench import __version__
 from evalbench.errors import EvalbenchError, UserError
 from evalbench.spec import Chunk, Record, Suite, record_from_json
 
-GRID_SAMPLES = 64  # the first samples of a cell are always kept, for grids and galleries
-
-
 class Store:
     """A run folder, for reading. `open_run` creates and locks one for writing.
 
@@ -115,7 +112,8 @@ class Store:
         """
         file = self.chunk_file(chunk)
         try:
-            with np.load(file, allow_pickle=False) as content:
+            # numpy leaves a file of its own open when it is damaged
+            with file.open("rb") as stream, np.load(stream, allow_pickle=False) as content:
                 return {name: content[name] for name in content.files if name != "facts"}
         except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
             raise EvalbenchError(f"chunk {file} cannot be read ({error}); delete it and run again") from None
@@ -123,7 +121,7 @@ class Store:
     def chunk_facts(self, chunk: Chunk) -> dict[str, Any] | None:
         """Facts of a chunk with the names of its arrays under `arrays`; None when missing or damaged."""
         try:
-            with np.load(self.chunk_file(chunk), allow_pickle=False) as content:
+            with self.chunk_file(chunk).open("rb") as stream, np.load(stream, allow_pickle=False) as content:
                 facts: dict[str, Any] = json.loads(str(content["facts"]))
                 facts["arrays"] = [name for name in content.files if name != "facts"]
                 return facts

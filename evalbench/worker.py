@@ -30,8 +30,7 @@ from evalbench.noise import NoiseSource
 from evalbench.paths import Path as NoisePath
 from evalbench.paths import make_path
 from evalbench.registry import Chain
-from evalbench.spec import Cell, Chunk, Failure, Latency, Reference, Suite
-from evalbench.store import GRID_SAMPLES
+from evalbench.spec import GRID_SAMPLES, Cell, Chunk, Failure, Latency, Reference, Suite
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 

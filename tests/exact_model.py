@@ -8,6 +8,7 @@ from evalbench import registry
 from evalbench.cost.ledger import Ledger
 from evalbench.denoiser import Field, NetworkDoor
 from evalbench.interfaces import Cond, Solver
+from evalbench.models.gmm import GaussianMixture
 from evalbench.noise import NoiseSource
 from evalbench.paths import Path
 
@@ -20,9 +21,11 @@ def solver(text: str) -> Solver:
 
 
 def exact(path: Path, batch: int, budget: int | None = None, grid: str = "logsnr", **options: object) -> Field:
-    """The exact network of a mixture, counting and holding a budget; options are those of the model `gmm`."""
-    model = registry.build_model("gmm", {"classes": 0, **options})
-    return Field(NetworkDoor(model, path, grid), Ledger(batch, budget))
+    """The exact network of a mixture, counting and holding a budget; options are those of the mixture."""
+    model = GaussianMixture(**{"classes": 0, **options})
+    door, ledger = NetworkDoor(model, path, grid), Ledger(batch, budget)
+    door.ledger = ledger
+    return Field(door, ledger)
 
 
 def draw(text: str, path: Path, nfe: int, batch: int = 64, dtype: torch.dtype = torch.float64, **options):

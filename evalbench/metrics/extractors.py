@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
 from evalbench.errors import BadSamples, EvalbenchError, UserError
@@ -64,7 +63,7 @@ class MixtureMode(Extractor):
 # --- networks -------------------------------------------------------------------------------------------------------
 
 
-def _nets() -> ModuleType:
+def _nets() -> Any:
     from evalbench.models import nets  # imports torch; the names of metrics are listed without it
 
     return nets
@@ -110,6 +109,8 @@ class _NetworkExtractor(Extractor):
     def missing(cls) -> str:
         try:
             _nets().weights_sha256(cls.weights)
+        except FileNotFoundError as error:
+            return f"features '{cls.name}': {error.filename} is not there; reinstall evalbench"
         except (ImportError, OSError, EvalbenchError) as error:
             return f"features '{cls.name}': {error}"
         return ""

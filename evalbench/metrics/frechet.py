@@ -17,7 +17,7 @@ from functools import cached_property
 
 import numpy as np
 
-from evalbench.errors import EvalbenchError
+from evalbench.errors import EvalbenchError, UserError
 from evalbench.interfaces import Metric, Parts, Value
 from evalbench.metrics.common import (
     Array,
@@ -182,7 +182,16 @@ def pack_statistics(features: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def unpack_statistics(reference: Parts) -> Gaussian:
-    """The Gaussian of a reference with `mean` and `cov` (D, D), or `cov_triu` as `pack_statistics` writes it."""
+    """The Gaussian of a reference with `mean` and `cov` (D, D), or `cov_triu` as `pack_statistics` writes it.
+
+    Raises:
+        UserError: an array is missing.
+    """
+    if "mean" not in reference or not {"cov", "cov_triu"} & reference.keys():
+        raise UserError(
+            f"a Frechet reference holds `mean` and `cov` or `cov_triu`, this one holds {sorted(reference)}; "
+            "make it with frechet.pack_statistics"
+        )
     mean = reference["mean"].astype(np.float64).reshape(-1)
     if "cov" in reference:
         cov = reference["cov"].astype(np.float64)

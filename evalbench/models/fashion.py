@@ -17,7 +17,6 @@ import numpy as np
 import torch
 
 from evalbench.interfaces import Model, Time
-from evalbench.models.nets import caption
 from evalbench.registry import register
 
 WEIGHTS = Path(__file__).parent / "zoo" / "fashion-mixture.safetensors"
@@ -96,6 +95,8 @@ class FashionMixture(Model):
         self.tables = load_tables().to(dtype, device)
 
     def caption(self, label: int) -> str:
+        from evalbench.models.nets import caption
+
         return caption(label)
 
     def predict(self, x: torch.Tensor, t: Time, alpha: Time, sigma: Time, labels: torch.Tensor | None) -> torch.Tensor:
@@ -149,7 +150,7 @@ class FashionMixture(Model):
         """
         tables = self._loaded()
         components, rank = tables.values.shape
-        alpha3, sigma3 = _row3(alpha), _row3(sigma)
+        alpha3 = _row3(alpha)
         y = (z @ tables.basis).view(-1, components, rank) - alpha3 * tables.projected  # (B, K, r)
         variance = alpha**2 * tables.noise + sigma**2
         along = alpha3**2 * tables.values + _row3(variance)  # variances along U_k

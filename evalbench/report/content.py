@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from evalbench.report.figures import Drawn
-from evalbench.report.text import MISSING, count, number
+from evalbench.report.figures import HARDWARE, Drawn, hardware
+from evalbench.report.text import MISSING, count, number, significant
 from evalbench.report.view import (
     Block,
     Row,
@@ -185,7 +185,7 @@ def footnotes(block: Block) -> tuple[str, ...]:
     if any(found.half is not None for row in block.rows for found in row.numbers.values()):
         lines.append("± is half of the 95 % interval of the value.")
     lines.append(
-        "Bold: best value of its column, which is not a verdict; `evalbench compare` says whether a difference is real."
+        "Bold: best value of its column, which is not a verdict; evalbench compare says whether a difference is real."
     )
     if not block.floors:
         lines.append(f"The suite has no floor at N = {block.samples}.")
@@ -209,7 +209,7 @@ def _headline(
         "Methods": str(len({r.cell.method for r in quality})),
         "Cells": ", ".join(f"{n} {word}" for word, n in statuses.items() if n),
         "Seeds": ", ".join(map(str, sorted({r.cell.seed for r in quality}))),
-        "Started": str(manifest.get("created", ""))[:16].replace("T", " "),
+        "Run begun": str(manifest.get("created", ""))[:10],
         "evalbench": str(manifest.get("evalbench", "")),
     }
     return tuple((key, value) for key, value in facts.items() if value)
@@ -229,11 +229,11 @@ def _timings_table(timings: pd.DataFrame) -> Table | None:
         "peak_mb",
     ]
     rows = tuple(
-        (Shown(str(row["method"])), *(_number_cell(row[name]) for name in ("nfe", *extra, *numbers)))
+        (Shown(str(row["method"])), *(_measured(row, name) for name in ("nfe", *extra, *numbers)))
         for row in timed.sort_values(["method", "nfe", "guidance", "seed"]).to_dict("records")
     )
-    places = timed[["device", "threads", "batch"]].drop_duplicates().itertuples(index=False, name=None)
-    where = "; ".join(f"{device}, {threads:g} threads, batch {batch:g}" for device, threads, batch in places)
+    places = timed[list(HARDWARE)].drop_duplicates().itertuples(index=False, name=None)
+    where = "; ".join(hardware(*place) for place in places)
     return Table(f"Latency of whole sampling calls on {where}", header, rows)
 
 
@@ -243,10 +243,13 @@ def _fits_table(fits: pd.DataFrame) -> Table | None:
     header = ("method", "guidance", "batch", "ms per NFE", "fixed ms", "R²", "points")
     names = ("guidance", "batch", "ms_per_nfe", "intercept_ms", "r2", "points")
     rows = tuple(
-        (Shown(str(row["method"])), *(_number_cell(row[name]) for name in names)) for row in fits.to_dict("records")
+        (Shown(str(row["method"])), *(_measured(row, name) for name in names)) for row in fits.to_dict("records")
     )
     return Table("Milliseconds per call over measured NFE: robust line (Theil-Sen)", header, rows)
 
 
-def _number_cell(value: Any) -> Shown:
-    return Shown(number(float(value)), float(value))
+def _measured(row: Mapping[Any, Any], name: str) -> Shown:
+    """Facts and counts as they are, measurements with three digits."""
+    value = float(row[name])
+    exact = name in ("nfe", "guidance", "seed", "batch", "timings", "points")
+    return Shown(number(value) if exact else significant(value), value)

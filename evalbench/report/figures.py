@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,16 +20,17 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from evalbench.report.frames import write_bytes, write_table
 from evalbench.report.text import number
-from evalbench.report.view import Block
+from evalbench.report.view import Block, Row
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<")
 LINES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)))
 FLOOR = "#6b6b6b"
+HARDWARE = ("device", "threads", "batch")
 _LABEL_LIMIT = 26  # longer names go to a legend below the plot
 _STYLE: Any = {
     "font.family": "DejaVu Sans",
@@ -71,13 +73,14 @@ class Chart:
 
     Attributes:
         points: one row per point: panel, method, nfe, x, y, and `x_low`, `x_high`, `y_low`, `y_high`.
-        panels: in order. floors: value by panel, where known.
+        panels: in order. floors: label and value by panel, where known. titles, y_labels: by panel.
     """
 
     points: pd.DataFrame
     panels: list[str]
-    floors: dict[str, float]
+    floors: dict[str, tuple[str, float]]
     x_label: str
+    titles: dict[str, str]
     y_labels: dict[str, str]
     along_nfe: bool = True
 
@@ -85,80 +88,76 @@ class Chart:
 def draw_all(blocks: Sequence[Block], timings: pd.DataFrame, primary: str, folder: Path) -> list[Drawn]:
     """Quality over NFE, quality over latency, and every other metric over NFE; figures without a point are left out."""
     folder.mkdir(parents=True, exist_ok=True)
-    others = [name for name in (blocks[0].metrics if blocks else ()) if name != primary]
-    wanted: list[tuple[str, Chart, str]] = [
-        ("quality-nfe", nfe_chart(blocks, [primary]), "Quality over network evaluations."),
-        ("quality-latency", latency_chart(blocks, timings, primary), "Quality over time per image."),
-        ("metrics-nfe", nfe_chart(blocks[:1], others), "The other metrics over network evaluations."),
+    first = blocks[:1]
+    others = [name for block in first for name in block.metrics if name != primary]
+    where = f" ({blocks[0].title})" if blocks else ""
+    quality = f"{primary} over network evaluations{where if len(blocks) == 1 else ''}."
+    wanted = [
+        ("quality-nfe", nfe_chart(blocks, [primary]), quality),
+        ("quality-latency", latency_chart(blocks, timings, primary), f"{primary} over time per image."),
+        ("metrics-nfe", nfe_chart(first, others), f"The other metrics over network evaluations{where}."),
     ]
     return [_save(chart, name, title, folder) for name, chart, title in wanted if len(chart.points)]
 
 
 def nfe_chart(blocks: Sequence[Block], metrics: Sequence[str]) -> Chart:
-    """Metrics over measured NFE: one panel per block and metric."""
-    rows, floors, labels = [], {}, {}
+    """Metrics over measured NFE: one panel per block, or per metric."""
+    chart = Chart(_frame([]), [], {}, "NFE per sample (measured)", {}, {})
+    rows: list[dict[str, Any]] = []
     for block in blocks:
         for metric in metrics:
-            panel = _panel(block, metric, several=len(blocks) > 1, metrics=len(metrics))
-            found = _quality_points(block, metric, panel)
+            panel = f"{block.title}, {metric}"
+            found = [_point(block, row, metric, panel) for row in block.rows if metric in row.numbers]
             rows += found
             if found:
-                labels[panel] = block.heading(metric)
-            if found and metric in block.floors:
-                floors[panel] = block.floors[metric].value
-    return Chart(_frame(rows), list(labels), floors, "network evaluations per sample (NFE, measured)", labels)
+                heading = block.heading(metric)
+                title = block.title if len(blocks) > 1 else heading if len(metrics) > 1 else ""
+                _add_panel(chart, block, metric, panel, title, "" if title == heading else heading)
+    return replace(chart, points=_frame(rows))
 
 
 def latency_chart(blocks: Sequence[Block], timings: pd.DataFrame, primary: str) -> Chart:
     """The primary metric over median milliseconds per image: one panel per block, device and batch."""
-    timed = timings.dropna(subset=["image_median_ms"]).set_index("cell", drop=False)
-    rows, floors, labels = [], {}, {}
+    timed = timings.dropna(subset=["image_median_ms"])
+    chart = Chart(_frame([]), [], {}, "ms per image (median)", {}, {}, along_nfe=False)
+    rows: list[dict[str, Any]] = []
     for block in blocks:
-        for row in block.rows:
-            for where, group in timed.loc[timed.index.isin([r.cell.id for r in row.records])].groupby(
-                ["device", "threads", "batch"]
-            ):
-                if primary in row.numbers:
-                    device, threads, batch = where
-                    panel = f"{device}, {threads:g} threads, batch {batch:g}"
-                    panel = f"{block.title}; {panel}" if len(blocks) > 1 else panel
-                    x = {name: float(group[f"image_{part}_ms"].median()) for name, part in _X.items()}
-                    rows.append(_point(block, row.method, row.nfe, primary, panel) | x)
-                    labels[panel] = block.heading(primary)
-                    if primary in block.floors:
-                        floors[panel] = block.floors[primary].value
-    return Chart(_frame(rows), list(labels), floors, "milliseconds per image (median)", labels, along_nfe=False)
+        for row in (row for row in block.rows if primary in row.numbers):
+            cells = timed[timed["cell"].isin([r.cell.id for r in row.records])]
+            for _, group in cells.groupby(list(HARDWARE)):
+                place = hardware(*(group[name].iloc[0] for name in HARDWARE))
+                panel = f"{block.title}; {place}"
+                x = {name: float(group[f"image_{part}_ms"].median()) for name, part in _X.items()}
+                rows.append(_point(block, row, primary, panel) | x)
+                if panel not in chart.panels:
+                    title = f"{block.title}\n{place}" if len(blocks) > 1 else place
+                    _add_panel(chart, block, primary, panel, title, block.heading(primary))
+    return replace(chart, points=_frame(rows))
+
+
+def _add_panel(chart: Chart, block: Block, metric: str, panel: str, title: str, y_label: str) -> None:
+    chart.panels.append(panel)
+    chart.titles[panel], chart.y_labels[panel] = title, y_label
+    if metric in block.floors:
+        floor = block.floors[metric]
+        word = "ceiling" if block.higher_is_better(metric) else "floor"
+        chart.floors[panel] = (f"{word} {number(floor.value)} at N = {floor.samples}", floor.value)
 
 
 _X = {"x": "median", "x_low": "p10", "x_high": "p90"}
 _POINT = ("panel", "guidance", "samples", "metric", "method", "nfe", "x", "x_low", "x_high", "y", "y_low", "y_high")
 
 
-def _panel(block: Block, metric: str, *, several: bool, metrics: int) -> str:
-    parts = ([block.title] if several else []) + ([metric] if metrics > 1 else [])
-    return ": ".join(parts) or block.title
-
-
-def _quality_points(block: Block, metric: str, panel: str) -> list[dict[str, Any]]:
-    points = []
-    for row in block.rows:
-        if metric in row.numbers:
-            x = row.mean_count("nfe")
-            points.append(_point(block, row.method, row.nfe, metric, panel) | {"x": float(row.nfe) if x is None else x})
-    return points
-
-
-def _point(block: Block, method: str, nfe: int, metric: str, panel: str) -> dict[str, Any]:
-    row = block.row(method, nfe)
-    assert row is not None
-    found = row.numbers[metric]
+def _point(block: Block, row: Row, metric: str, panel: str) -> dict[str, Any]:
+    found, nfe = row.numbers[metric], row.mean_count("nfe")
     return {
         "panel": panel,
         "guidance": block.guidance,
         "samples": block.samples,
         "metric": metric,
-        "method": method,
-        "nfe": nfe,
+        "method": row.method,
+        "nfe": row.nfe,
+        "x": float(row.nfe) if nfe is None else nfe,
         "y": found.value,
         "y_low": found.low,
         "y_high": found.high,
@@ -200,12 +199,12 @@ def draw(chart: Chart) -> Figure:
     FigureCanvasAgg(figure)
     methods = sorted(chart.points["method"].unique())
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axes, panel in zip(grid, chart.panels, strict=False):
+    for i, (axes, panel) in enumerate(zip(grid, chart.panels, strict=False)):
         _draw_panel(axes, chart, panel, methods)
+        if i + columns >= len(chart.panels):
+            axes.set_xlabel(chart.x_label)
     for axes in grid[len(chart.panels) :]:
         axes.set_axis_off()
-    if len(chart.panels) > 1:
-        figure.supxlabel(chart.x_label, fontsize=9)
     if len(chart.panels) > 1 or not _label_ends(figure, grid[0], chart, methods):
         _legend(figure, chart, methods)
     return figure
@@ -213,20 +212,14 @@ def draw(chart: Chart) -> Figure:
 
 def _draw_panel(axes: Axes, chart: Chart, panel: str, methods: Sequence[str]) -> None:
     found = chart.points[chart.points["panel"] == panel]
-    one = len(chart.panels) == 1
-    if not one or not chart.along_nfe:
-        axes.set_title(panel if len(panel) < 60 else f"{panel[:57]}...", loc="left")
-    if one:
-        axes.set_xlabel(chart.x_label)
-    axes.set_ylabel(chart.y_labels[panel] if one or not panel.endswith(_metric_of(found)) else "")
-    _scale(axes, found, chart, chart.floors.get(panel))
+    width = 90 if len(chart.panels) == 1 else 40
+    axes.set_title("\n".join(textwrap.fill(line, width) for line in chart.titles[panel].split("\n")), loc="left")
+    axes.set_ylabel(chart.y_labels[panel])
+    _scale(axes, found, chart, chart.floors[panel][1] if panel in chart.floors else None)
     for i, method in enumerate(methods):
         _draw_line(axes, found[found["method"] == method].sort_values("nfe"), i, chart.along_nfe)
-    _draw_floor(axes, chart.floors.get(panel), int(found["samples"].iloc[0]))
-
-
-def _metric_of(points: pd.DataFrame) -> str:
-    return str(points["metric"].iloc[0])
+    if panel in chart.floors:
+        _draw_floor(axes, *chart.floors[panel])
 
 
 def _draw_line(axes: Axes, points: pd.DataFrame, index: int, along_nfe: bool) -> None:
@@ -297,17 +290,24 @@ def _apart(ticks: Sequence[float]) -> list[float]:
 def _plain_log_ticks(axes: Axes, which: str, span: float) -> None:
     """Numbers such as 0.5 and 20 instead of powers; fewer of them over many decades."""
     axis = axes.xaxis if which == "x" else axes.yaxis
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if span < 300 else (1.0,)))
+    subs = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0) if span < 10 else (1.0, 2.0, 5.0) if span < 300 else (1.0,)
+    axis.set_major_locator(LogLocator(subs=subs))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())
+    axis.set_minor_locator(NullLocator())
 
 
-def _draw_floor(axes: Axes, floor: float | None, samples: int) -> None:
-    if floor is None or (axes.get_yscale() == "log" and floor <= 0):
+def _draw_floor(axes: Axes, label: str, floor: float) -> None:
+    log = axes.get_yscale() == "log"
+    if log and floor <= 0:
         return
     axes.axhline(floor, color=FLOOR, linestyle=(0, (4, 3)), linewidth=1.0, zorder=2)
+    low, high = axes.get_ylim()
+    room = 0.06 * (math.log(high / low) if log else high - low)
+    low = min(low, floor * math.exp(-room) if log else floor - room)
+    high = max(high, floor * math.exp(1.5 * room) if log else floor + 1.5 * room)
+    axes.set_ylim(low, high)
     axes.annotate(
-        f"floor {number(floor)} at N = {samples}",
+        label,
         (0.0, floor),
         xycoords=axes.get_yaxis_transform(),
         xytext=(4, 3),
@@ -318,19 +318,22 @@ def _draw_floor(axes: Axes, floor: float | None, samples: int) -> None:
 
 
 def _label_ends(figure: Figure, axes: Axes, chart: Chart, methods: Sequence[str]) -> bool:
-    """Write each name at the end of its line; False, and nothing written, where names would overlap or are long."""
+    """Write each name at the end of its line; False, and nothing written, where that is not clear."""
     if not chart.along_nfe or max(map(len, methods)) > _LABEL_LIMIT:
         return False
     ends = {m: _end(chart.points, m) for m in methods}
+    reach = max(x for x, _ in ends.values())
+    if min(x for x, _ in ends.values()) < 0.85 * reach:
+        return False
     figure.draw_without_rendering()
     heights = sorted(float(axes.transData.transform(end)[1]) for end in ends.values())
     least = 1.15 * 8.5 * figure.dpi / 72
     if any(b - a < least for a, b in pairwise(heights)):
         return False
-    for i, (method, end) in enumerate(ends.items()):
+    for i, (method, (_, y)) in enumerate(ends.items()):
         axes.annotate(
             method,
-            end,
+            (reach, y),
             xytext=(8, 0),
             textcoords="offset points",
             va="center",
@@ -354,7 +357,9 @@ def _legend(figure: Figure, chart: Chart, methods: Sequence[str]) -> None:
     longest = max(map(len, methods))
     width = figure.get_size_inches()[0]
     columns = max(1, min(len(methods), int(width * 12 / (longest + 6))))
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=8.5)
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=8.5, handlelength=3.2
+    )
 
 
 def _last_value(points: pd.DataFrame, method: str) -> float:
@@ -364,23 +369,30 @@ def _last_value(points: pd.DataFrame, method: str) -> float:
 # --- words ----------------------------------------------------------------------------------------------------------
 
 
+def hardware(device: str, threads: float, batch: float) -> str:
+    """Where a latency was measured."""
+    return f"{device}, {threads:g} thread{'' if threads == 1 else 's'}, batch {batch:g}"
+
+
 def _caption(chart: Chart, title: str) -> str:
     bars = "Bars: 95 % interval of the value"
-    bars += "." if chart.along_nfe else "; across, 10th to 90th percentile of the timed calls. Numbers are NFE budgets."
+    if not chart.along_nfe:
+        bars += "; across, 10th to 90th percentile of the timed calls. Numbers are NFE budgets"
     floor = " Dashed: what a perfect sampler scores at the same N." if chart.floors else ""
-    shared = "" if len(chart.panels) > 1 else f" {chart.panels[0]}."
-    return f"{title}{shared} {bars}{floor}"
+    return f"{title} {bars}.{floor}"
 
 
 def _alt(chart: Chart, title: str) -> str:
     """The figure in words: each line's first and last point."""
     parts = []
-    for (panel, method), found in chart.points.groupby(["panel", "method"], sort=True):
-        line = found.sort_values("nfe")
-        a, b = line.iloc[0], line.iloc[-1]
-        prefix = f"{panel}, " if len(chart.panels) > 1 else ""
-        ends = f"{number(float(a['y']))} at NFE {a['nfe']}"
-        if len(line) > 1:
-            ends += f" to {number(float(b['y']))} at NFE {b['nfe']}"
-        parts.append(f"{prefix}{method}: {ends}")
-    return f"{title} {'; '.join(parts[:24])}."
+    for panel in chart.panels:
+        found = chart.points[chart.points["panel"] == panel].sort_values(["method", "nfe"])
+        lines = [_line_in_words(method, line) for method, line in found.groupby("method", sort=True)]
+        heading = chart.titles[panel].replace("\n", ", ")
+        parts.append(f"{heading}: {'; '.join(lines)}" if len(chart.panels) > 1 else "; ".join(lines))
+    return f"{title} {'. '.join(parts)}."
+
+
+def _line_in_words(method: object, line: pd.DataFrame) -> str:
+    values = [f"{number(float(y))} at NFE {nfe}" for nfe, y in zip(line["nfe"], line["y"], strict=True)]
+    return f"{method} {values[0]}" + (f" to {values[-1]}" if len(values) > 1 else "")

@@ -19,6 +19,8 @@ from evalbench.stats import line_fit, percentiles
 
 KEYS = ("suite", "guidance", "seed", "method", "nfe")
 _FACTS = ("suite", "method", "nfe", "guidance", "seed", "samples", "status")
+_WHOLE = ("nfe", "seed", "samples")
+_TEXT = ("suite", "method", "status", "protocol", "error", "cell", "device", "synchronised")
 _LATENCY = ("median", "p10", "p90", "p99")
 _FIT_GROUP = ["suite", "guidance", "method", "device", "threads", "batch"]
 _FIT_COLUMNS = (
@@ -116,8 +118,15 @@ def write_bytes(path: Path, content: bytes) -> Path:
 
 
 def _sorted_frame(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> pd.DataFrame:
-    frame = pd.DataFrame([[row.get(name) for name in columns] for row in rows], columns=list(columns))
+    """A frame whose types are those of its columns, even when a column holds nothing but missing values."""
+    frame = pd.DataFrame([[row.get(name) for name in columns] for row in rows], columns=list(columns), dtype=object)
+    types = {name: int if name in _WHOLE else float for name in columns if not _is_text(name)}
+    frame = frame.astype(types)
     return frame.sort_values([*KEYS, "cell"], kind="stable", ignore_index=True)
+
+
+def _is_text(column: str) -> bool:
+    return column in _TEXT or column.endswith(":note")
 
 
 def _count_columns(records: Iterable[Record]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -19,6 +20,7 @@ _DPI = 100
 _CELL = 64  # least pixels of a sample's longer side
 _GAP = 4
 _GROUP_GAP = 12
+_NAME = 28  # characters per line of a method's name
 
 
 def sample_grid(images: Images, block: Block, path: Path, columns: int = 10) -> Path | None:
@@ -32,7 +34,7 @@ def sample_grid(images: Images, block: Block, path: Path, columns: int = 10) -> 
     Returns:
         The file; None when no row has images.
     """
-    found = [(f"{row.method}", row.nfe, images(row.records[0].cell.id)) for row in block.rows]
+    found = [(row.method, row.nfe, images(row.records[0].cell.id)) for row in block.rows]
     rows = [(method, nfe, x) for method, nfe, x in found if x is not None and _is_picture(x)]
     if not rows:
         return None
@@ -69,7 +71,8 @@ def _stack(strips: Sequence[np.ndarray], methods: Sequence[str]) -> tuple[np.nda
 def _draw(
     canvas: np.ndarray, tops: Sequence[int], labels: Sequence[tuple[str, int]], strip: tuple[int, ...], shown: int
 ) -> bytes:
-    left = 8 + round(6.3 * max(len(method) for method, _ in labels)) + 62
+    names = [textwrap.fill(method, _NAME, break_on_hyphens=False) for method, _ in labels]
+    left = 8 + round(7.4 * max(len(line) for name in names for line in name.split("\n"))) + 62
     top, right, bottom = 26, 8, 8
     height, width = canvas.shape[0] + top + bottom, canvas.shape[1] + left + right
     with matplotlib.rc_context({"font.family": "DejaVu Sans", "font.size": 8.0}):
@@ -79,11 +82,11 @@ def _draw(
         for j in range(shown):
             x = left + (j + 0.5) * strip[1] / shown - _GAP / 2
             figure.text(x / width, 1 - top / 2 / height, str(j), ha="center", va="center", color="#4a4a4a")
-        for i, ((method, nfe), start) in enumerate(zip(labels, tops, strict=True)):
+        for i, ((_, nfe), start) in enumerate(zip(labels, tops, strict=True)):
             y = 1 - (top + start + strip[0] / 2) / height
             figure.text((left - 8) / width, y, f"NFE {nfe}", ha="right", va="center", color="#4a4a4a")
-            if i == 0 or labels[i - 1][0] != method:
-                figure.text(8 / width, y, method, ha="left", va="center", weight="bold")
+            if i == 0 or names[i - 1] != names[i]:
+                figure.text(8 / width, y, names[i], ha="left", va="center", weight="bold")
         stream = io.BytesIO()
         figure.savefig(stream, format="png", dpi=_DPI, metadata={"Software": None})
     return stream.getvalue()

@@ -47,15 +47,11 @@ def _results(content: Content) -> list[str]:
     for block, primary, full, notes in zip(content.blocks, content.primary, content.full, content.notes, strict=True):
         if len(content.blocks) > 1:
             parts.append(f"### {md(block.title)}\n")
-        footnotes = "".join(f"- {_note(note)}\n" for note in notes)
+        footnotes = "".join(f"- {md(note)}\n" for note in notes)
         parts += [table(primary), footnotes, table(full)]
     if not content.blocks:
         parts.append("No cell has a record yet.\n")
     return parts
-
-
-def _note(note: str) -> str:
-    return md(note).replace("\\`", "`")
 
 
 def _pictures(content: Content, folder: Path) -> list[str]:

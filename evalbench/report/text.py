@@ -19,6 +19,15 @@ def number(value: float | None) -> str:
     return f"{value:.4g}"
 
 
+def significant(value: float | None) -> str:
+    """A measurement with three significant digits, zeros at the end kept, so that a column lines up."""
+    if value is None or not math.isfinite(value):
+        return MISSING
+    if value == 0:
+        return "0"
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:#.3g}"
+
+
 def plus_minus(value: float, half: float | None) -> str:
     """`value ± half`, both with two significant digits of the half interval."""
     if half is None or not math.isfinite(half) or half <= 0:

@@ -6,9 +6,9 @@ Two numbers stand in one block only if suite version, guidance, N and protocol a
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -83,7 +83,7 @@ class Block:
     Attributes:
         rows: sorted by method and NFE. samples: N. protocol: hash; facts: what was hashed.
         metrics: ids that have a value somewhere, in the suite's order. floors: by metric id, at this N.
-        marks: note -> footnote mark.
+        marks: note -> footnote mark. tag: tells blocks apart whose guidance and N are the same.
     """
 
     suite: str
@@ -97,6 +97,7 @@ class Block:
     metrics: tuple[str, ...]
     floors: Mapping[str, Floor]
     marks: Mapping[str, str] = field(default_factory=dict)
+    tag: str = ""
 
     @property
     def methods(self) -> list[str]:
@@ -111,7 +112,8 @@ class Block:
     @property
     def title(self) -> str:
         """What all rows share, for headings."""
-        return f"guidance {self.guidance:g}, N = {self.samples}" if self.samples else f"guidance {self.guidance:g}"
+        parts = [f"guidance {self.guidance:g}", f"N = {self.samples}" if self.samples else "", self.tag]
+        return ", ".join(part for part in parts if part)
 
     def row(self, method: str, nfe: int) -> Row | None:
         """The row, or None when it was not planned."""
@@ -212,7 +214,16 @@ def blocks(records: Sequence[Record], suite: Suite) -> list[Block]:
     valued = {name for r in quality for name in finite(r)} | {suite.metrics.primary}
     metrics = tuple(name for name in metric_ids(quality, suite) if name in valued)
     found = [_block(members, suite, metrics, names) for members in groups.values()]
-    return sorted(found, key=lambda b: (b.suite, b.version, b.guidance, -b.samples, b.protocol))
+    return _tagged(sorted(found, key=lambda b: (b.suite, b.version, b.guidance, -b.samples, b.protocol)))
+
+
+def _tagged(found: Sequence[Block]) -> list[Block]:
+    """Blocks whose titles differ: those that differ in protocol alone say so."""
+    titles = Counter(block.title for block in found)
+    return [
+        block if titles[block.title] == 1 else replace(block, tag=f"protocol {block.protocol[:8] or 'unknown'}")
+        for block in found
+    ]
 
 
 def troubles(records: Iterable[Record]) -> list[Trouble]:

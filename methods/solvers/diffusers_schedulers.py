@@ -45,11 +45,11 @@ class DiffusersScheduler(Solver):
 
     The scheduler is built from the suite's path: on VP paths its betas are the path's, entry i at t = (i + 1) / N
     (N = 1000, or the size of the table), fractional time steps in between; on flow paths t = sigma, on the edm path
-    its own sigma range is set; IPNDMScheduler walks its own VP path, matched by log-SNR. Time steps, order and the last step are the scheduler's own, so path.t_end,
-    path.final and the suite's grid are not read. It starts from x_T / sigma(t_start) times its `init_noise_sigma`.
-    Random numbers come from our source, one named draw after another: chunks stay paired, step counts do not. The
-    number of inference steps is the largest whose dry run spends at most the budget. LCM and TCD classes run, but
-    mean something only for networks that were distilled for them.
+    its own sigma range is set; IPNDMScheduler walks its own VP path, matched by log-SNR. Time steps, order and the
+    last step are the scheduler's own, so path.t_end, path.final and the suite's grid are not read. It starts from
+    x_T / sigma(t_start) times its `init_noise_sigma`. Random numbers come from our source, one named draw after
+    another: chunks stay paired, step counts do not. The number of inference steps is the largest whose dry run spends
+    at most the budget. LCM and TCD classes run, but mean something only for networks that were distilled for them.
 
     Attributes:
         target: the class's name.
@@ -80,18 +80,16 @@ class DiffusersScheduler(Solver):
         """Every scheduler class of the installed diffusers, with the reason it cannot be used, empty when it can."""
         return [(name, _reason(name)) for name in _class_names()]
 
-    def sample(
-        self, denoiser: Denoiser, x_T: torch.Tensor, cond: Cond, nfe: int, noise: NoiseSource
-    ) -> torch.Tensor:
+    def sample(self, denoiser: Denoiser, x_T: torch.Tensor, cond: Cond, nfe: int, noise: NoiseSource) -> torch.Tensor:
         path = denoiser.path
         steps, calls = _steps_for(self, path, nfe, x_T.ndim)
         bridge = self._bridge(path)
-        bridge.scheduler.set_timesteps(steps)
 
         def evaluate(x: torch.Tensor, t: float, want: Want, i: int, t_next: float) -> torch.Tensor:
             return denoiser(x, t, cond, want, step=Step(i, calls, t, t_next, x_T))
 
-        with _our_noise(bridge.scheduler, noise.normal):
+        with _driven(bridge.scheduler, noise.normal):
+            bridge.scheduler.set_timesteps(steps)
             return bridge.run(x_T / float(path.sigma(path.t_start)), evaluate)
 
     def _own_settings(self) -> dict[str, Any]:
@@ -113,7 +111,8 @@ class DiffusersScheduler(Solver):
             raise Unsupported(f"diffusers:{self.target} needs a path with t_start = 1, got {path.t_start}")
         config = {**_config(self.target, kind, path, self.prediction), **self._own_settings()}
         try:
-            scheduler = _class(self.target)(**config)
+            with _without_deprecations():
+                scheduler = _class(self.target)(**config)
         except Exception as error:  # any refusal of the library is the reason that the row shows
             raise Unsupported(f"diffusers:{self.target} cannot be built: {_line(error)}") from error
         return _Bridge(scheduler, path, kind, _PREDICTIONS[self.prediction])
@@ -199,8 +198,7 @@ def _steps_for(solver: DiffusersScheduler, path: Path, nfe: int, ndim: int) -> t
             return torch.zeros_like(x)
 
         try:
-            with warnings.catch_warnings(), _our_noise(bridge.scheduler, lambda *_: torch.zeros_like(x)):
-                warnings.simplefilter("ignore")
+            with _driven(bridge.scheduler, lambda *_: torch.zeros_like(x)):
                 bridge.scheduler.set_timesteps(steps)
                 end = bridge.run(x, count)
         except Exception as error:  # the library's own complaint about this number of steps
@@ -217,13 +215,10 @@ def _steps_for(solver: DiffusersScheduler, path: Path, nfe: int, ndim: int) -> t
 
 
 @contextlib.contextmanager
-def _our_noise(scheduler: Any, normal: Callable[[str, int], torch.Tensor]) -> Iterator[None]:
-    """Replace `randn_tensor` in the scheduler's module: the k-th draw is `normal("diffusers", k)`."""
+def _driven(scheduler: Any, normal: Callable[[str, int], torch.Tensor]) -> Iterator[None]:
+    """Inside, the k-th `randn_tensor` of the scheduler's module is `normal("diffusers", k)`."""
     module = sys.modules[type(scheduler).__module__]
     original = getattr(module, "randn_tensor", None)
-    if original is None:
-        yield
-        return
     drawn = 0
 
     def draw(shape: Any, *_: Any, dtype: torch.dtype | None = None, **__: Any) -> torch.Tensor:
@@ -234,11 +229,23 @@ def _our_noise(scheduler: Any, normal: Callable[[str, int], torch.Tensor]) -> It
             raise Unsupported(f"{type(scheduler).__name__} draws noise of shape {tuple(shape)}")
         return values if dtype is None else values.to(dtype)
 
-    module.randn_tensor = draw  # type: ignore[attr-defined]
+    if original is not None:
+        module.randn_tensor = draw  # type: ignore[attr-defined]
     try:
-        yield
+        with _without_deprecations():
+            yield
     finally:
-        module.randn_tensor = original  # type: ignore[attr-defined]
+        if original is not None:
+            module.randn_tensor = original  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def _without_deprecations() -> Iterator[None]:
+    """Deprecation warnings that diffusers' own code causes are not for our users."""
+    with warnings.catch_warnings():
+        for category in (DeprecationWarning, FutureWarning):
+            warnings.filterwarnings("ignore", category=category, module=r"(diffusers|numpy|torch)\b")
+        yield
 
 
 # --- what the library has -------------------------------------------------------------------------------------------
@@ -248,9 +255,7 @@ def _our_noise(scheduler: Any, normal: Callable[[str, int], torch.Tensor]) -> It
 def _class_names() -> tuple[str, ...]:
     import diffusers
 
-    return tuple(
-        sorted(name for name in dir(diffusers) if name.endswith("Scheduler") and name != "SchedulerMixin")
-    )
+    return tuple(sorted(name for name in dir(diffusers) if name.endswith("Scheduler") and name != "SchedulerMixin"))
 
 
 def _class(name: str) -> Any:
@@ -346,7 +351,11 @@ def _config(name: str, kind: PathKind, path: Path, prediction: str) -> dict[str,
         config = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
     elif kind == "edm":
         config = {"sigma_min": path.t_end, "sigma_max": path.t_start}
-    return {**config, "clip_sample": False} if "clip_sample" in arguments else config
+    # no clipping, and no shift of the log-SNR on top of the path's (CogVideoX)
+    neutral: dict[str, Any] = {"clip_sample": False, "snr_shift_scale": 1.0}
+    if name == "DPMSolverSinglestepScheduler":
+        neutral["lower_order_final"] = True  # what it turns to at every budget, with a message each time
+    return {**config, **{key: value for key, value in neutral.items() if key in arguments}}
 
 
 def _line(error: Exception) -> str:

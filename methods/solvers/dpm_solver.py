@@ -136,9 +136,7 @@ class DPMSolverPP(PlannedSolver):
         if self.algorithm == "singlestep":
             return singlestep_plan(plan, path, times, self.order, self.lower_order_final, self.solver_type)
         sde = self.algorithm == "sde"
-        return multistep_plan(
-            plan, path, times, self.order, self.lower_order_final, self.solver_type, self.d2, sde=sde
-        )
+        return multistep_plan(plan, path, times, self.order, self.lower_order_final, self.solver_type, self.d2, sde=sde)
 
 
 # --- multistep ------------------------------------------------------------------------------------------------------
@@ -244,9 +242,7 @@ def singlestep_orders(n: int, order: int, *, lower_order_final: bool, to_zero: b
     return orders
 
 
-def singlestep_times(
-    path: Path, kind: str, n: int, order: int, lower_order_final: bool
-) -> tuple[float, ...]:
+def singlestep_times(path: Path, kind: str, n: int, order: int, lower_order_final: bool) -> tuple[float, ...]:
     """n + 1 times, one interval per evaluation; on `logsnr` the steps, not the intervals, are equally long."""
     if kind != "logsnr":
         return grid(path, kind, n)
@@ -270,9 +266,7 @@ def singlestep_plan(
     solver_type: SolverType,
 ) -> Plan:
     """Steps over the n intervals of `times`, a step of order p over p of them, its inner nodes the times between."""
-    orders = singlestep_orders(
-        len(times) - 1, order, lower_order_final=lower_order_final, to_zero=times[-1] == 0.0
-    )
+    orders = singlestep_orders(len(times) - 1, order, lower_order_final=lower_order_final, to_zero=times[-1] == 0.0)
     x, i = plan.x_T, 0
     for p in orders:
         x = singlestep_step(plan, path, x, times[i : i + p + 1], solver_type)
@@ -280,9 +274,7 @@ def singlestep_plan(
     return plan.finish(x)
 
 
-def singlestep_step(
-    plan: Plan, path: Path, x: State, nodes: Sequence[float], solver_type: SolverType
-) -> State:
+def singlestep_step(plan: Plan, path: Path, x: State, nodes: Sequence[float], solver_type: SolverType) -> State:
     """One step of order p = len(nodes) - 1 from nodes[0] to nodes[-1] (DPM-Solver-1, -2, -3)."""
     s, t, order = nodes[0], nodes[-1], len(nodes) - 1
     m_s = plan.evaluate(x, s, t)

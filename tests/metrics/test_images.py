@@ -53,7 +53,7 @@ def test_samples_that_round_to_one_image_are_no_duplicates(samples):
     images = to_uint8(samples)
     images[1] = images[0]
     check_images(images, samples)
-    with pytest.raises(BadSamples, match="^1 of 6 samples are duplicates$"):
+    with pytest.raises(BadSamples, match=r"^1 of 6 samples are duplicates$"):
         check_images(images)
 
 

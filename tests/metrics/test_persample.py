@@ -27,7 +27,8 @@ def test_mean_with_its_standard_error():
     exact = scores.astype(np.float64)
     assert value.value == pytest.approx(exact.mean(), rel=1e-12)
     assert value.se == pytest.approx(exact.std(ddof=1) / 20, rel=1e-9)
-    assert (value.low, value.high) == pytest.approx((value.value - 1.96 * value.se, value.value + 1.96 * value.se), 1e-5)
+    half = 1.95996 * value.se
+    assert (value.low, value.high) == pytest.approx((value.value - half, value.value + half), rel=1e-6)
 
 
 def test_alignment_is_the_raw_cosine():
@@ -86,7 +87,8 @@ def test_paired_interval_covers(metric_id, truth):
     values = [paired(metric_id, rng.standard_normal((150, 1)), zeros) for _ in range(600)]
     assert 0.93 <= np.mean([v.low <= truth <= v.high for v in values]) <= 0.985
     spread = np.std([v.value for v in values], ddof=1)
-    assert np.mean([v.se for v in values]) == pytest.approx(spread, rel=0.12)
+    width = np.mean([v.se for v in values]) / spread
+    assert 0.92 < width < (1.1 if metric_id == "paired-rms@identity" else 1.3)  # order statistics round outwards
 
 
 def test_too_few_samples_for_a_tail_have_no_interval():

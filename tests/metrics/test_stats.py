@@ -55,7 +55,7 @@ def test_percentiles():
     found = stats.percentiles(np.arange(101.0)[::-1])
     assert found == stats.Percentiles(101, 50, 10, 90, 99)
     for bad in (np.array([]), np.array([1.0, np.nan])):
-        with pytest.raises(ValueError, match="^percentiles need at least one sample, all of them finite$"):
+        with pytest.raises(ValueError, match=r"^percentiles need at least one sample, all of them finite$"):
             stats.percentiles(bad)
 
 
@@ -85,5 +85,5 @@ def test_flat_line():
     ("x", "y"), [([1.0, 1.0], [1.0, 2.0]), ([1.0, 2.0], [1.0]), ([1.0, np.nan], [1.0, 2.0]), ([], [])]
 )
 def test_no_line(x, y):
-    with pytest.raises(ValueError, match="^a line needs at least two different x, one y for each, all finite$"):
+    with pytest.raises(ValueError, match=r"^a line needs at least two different x, one y for each, all finite$"):
         stats.line_fit(np.array(x), np.array(y))

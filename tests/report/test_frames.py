@@ -1,0 +1,140 @@
+"""Records as tables: what the columns hold, and the bytes of the CSV files."""
+
+from __future__ import annotations
+
+import csv
+import math
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import evalbench
+from evalbench.errors import UserError
+from evalbench.report import load
+from evalbench.report.frames import cells_frame, latency_fits, timings_frame, write_table, write_timings
+from evalbench.spec import Record, Suite
+from evalbench.store import Store
+
+from .conftest import METHODS, NOTE, N, failed, latency, make_records, make_suite, quality, value
+
+
+def table(records: list[Record], path: Path) -> list[dict[str, str]]:
+    write_table(cells_frame(records, make_suite()), path)
+    with path.open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_a_cell_has_its_numbers(records: list[Record], suite: Suite) -> None:
+    frame = cells_frame(records, suite)
+    row = frame[(frame["method"] == "unipc") & (frame["nfe"] == 10)].iloc[0]
+    assert row["fd@fashion64"] == 1.42
+    assert row["fd@fashion64:se"] == pytest.approx((0.03 * 1.42 + 0.02) / 1.96)
+    assert row["fd@fashion64:high"] - row["fd@fashion64:low"] == pytest.approx(2 * (0.03 * 1.42 + 0.02))
+    assert (row["samples"], row["status"], row["seed"], row["guidance"]) == (N, "ok", 0, 1.0)
+    assert (row["nfe_measured"], row["evals_total"], row["evals.base"], row["flops"]) == (10, 20, 20, 1.3e10)
+    assert row["align@tiny:note"] == "missing: the suite has no captions"
+    assert math.isnan(row["align@tiny"])
+
+
+def test_rows_are_sorted_by_the_keys(suite: Suite) -> None:
+    found = [r for g in (3.0, 1.0) for s in (1, 0) for r in make_records(guidance=g, seed=s)]
+    random.Random(0).shuffle(found)
+    frame = cells_frame(found, suite)
+    keys = list(zip(frame["guidance"], frame["seed"], frame["method"], frame["nfe"], strict=True))
+    assert keys == sorted(keys)
+    assert len(keys) == 4 * (len(METHODS) * 3 + 1)
+
+
+def test_csv_is_the_same_bytes_in_any_order_of_the_records(records: list[Record], tmp_path: Path) -> None:
+    suite, results = make_suite(), []
+    for i in range(5):
+        random.Random(i).shuffle(records)
+        cells = write_table(cells_frame(records, suite), tmp_path / "table.csv").read_bytes()
+        results.append(cells + write_timings(records, tmp_path / "timings.csv").read_bytes())
+    assert len(set(results)) == 1
+    assert b"\r" not in results[0]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_table_holds_nothing_that_a_clock_said(records: list[Record], tmp_path: Path) -> None:
+    before = write_table(cells_frame(records, make_suite()), tmp_path / "a.csv").read_bytes()
+    slower = [r.model_copy(update={"seconds": 99.0, "environment": {"device": "other"}}) for r in records]
+    assert write_table(cells_frame(slower, make_suite()), tmp_path / "b.csv").read_bytes() == before
+    assert not {"seconds", "wall_s", "device"} & set(before.decode().split("\n")[0].split(","))
+
+
+def test_failures_are_rows_with_the_first_line_of_the_reason(records: list[Record], tmp_path: Path) -> None:
+    rows = {(r["method"], r["nfe"]): r for r in table(records, tmp_path / "t.csv")}
+    broken, lacking = rows["heun", "5"], rows["faster-diffusion(keys=uniform:4)", "10"]
+    assert (broken["status"], broken["error"]) == ("error", "budget 5, spent 6")
+    assert (lacking["status"], lacking["error"]) == ("unsupported", "not supported: needs split")
+    assert broken["fd@fashion64"] == broken["nfe_measured"] == ""
+    assert "/secret/path" not in (tmp_path / "t.csv").read_text()
+
+
+def test_floats_have_ten_digits_and_text_is_quoted(tmp_path: Path) -> None:
+    method = 'odd(a="x,y")'
+    row = table([quality(method, 10, 1 / 3)], tmp_path / "t.csv")[0]
+    assert row["method"] == method
+    assert row["fd@fashion64"] == "0.3333333333"
+    assert row["nfe"] == "10"
+
+
+def test_not_a_number_is_missing_and_never_a_score(tmp_path: Path) -> None:
+    metrics = {"fd@fashion64": value(float("nan"), half=1.0)}
+    row = table([quality("ddim", 5, 1.0, metrics=metrics)], tmp_path / "t.csv")[0]
+    assert row["fd@fashion64"] == ""
+    assert row["fd@fashion64:note"] == "missing: not a finite number"
+
+
+def test_a_note_stands_beside_its_number(records: list[Record], tmp_path: Path) -> None:
+    notes = {r["method"]: r["fd@fashion64:note"] for r in table(records, tmp_path / "t.csv") if r["status"] == "ok"}
+    assert notes == {m: NOTE if m == "ddim" else "" for m in METHODS}
+
+
+def test_one_text_with_two_settings_is_two_names(suite: Suite) -> None:
+    old, new = quality("ddim", 5, 3.0), quality("ddim", 5, 2.0)
+    new = new.model_copy(update={"cell": new.cell.model_copy(update={"settings": "abcdef0123"})})
+    assert "ddim #abcdef" in set(cells_frame([old, new], suite)["method"])
+    assert cells_frame([old, new], suite)["method"].nunique() == 2
+
+
+def test_latencies_are_percentiles_of_raw_seconds() -> None:
+    record = latency("ddim", 10, 9.0)
+    assert record.latency is not None
+    row = timings_frame([quality("ddim", 10, 8.9), record]).iloc[0]
+    ms = 1e3 * np.array(record.latency.seconds)
+    assert row["call_median_ms"] == pytest.approx(np.median(ms))
+    assert row["call_p90_ms"] == pytest.approx(np.quantile(ms, 0.9))
+    assert row["image_median_ms"] == pytest.approx(np.median(ms) / 64)
+    assert (row["timings"], row["peak_mb"], row["wall_s"]) == (5, 412.0, 12.5)
+
+
+def test_latency_line_has_the_cost_of_an_evaluation(records: list[Record]) -> None:
+    fits = latency_fits(timings_frame(records)).set_index("method")
+    assert fits.loc["ddim", "ms_per_nfe"] == pytest.approx(9.0)
+    assert fits.loc["ddim", "intercept_ms"] == pytest.approx(4.0)
+    assert fits.loc["ddim", "r2"] == pytest.approx(1.0)
+    assert fits.loc["heun", "points"] == 2
+
+
+@pytest.mark.parametrize("found", [[], [failed("ddim", 5, "error", "boom")], [quality("ddim", 5, 1.0)]])
+def test_runs_without_latencies_have_empty_tables(found: list[Record]) -> None:
+    timings = timings_frame(found)
+    assert latency_fits(timings).empty
+    assert timings["image_median_ms"].isna().all()
+
+
+def test_load_is_the_table_of_a_run(make_store: Callable[..., Store], records: list[Record], suite: Suite) -> None:
+    folder = make_store(records, suite, images=False).folder
+    frame = evalbench.load(folder)
+    assert frame.equals(cells_frame(records, suite))
+    assert load(str(folder)).equals(frame)
+
+
+def test_load_of_another_folder_says_what_it_wants(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not a run folder"):
+        load(tmp_path)

@@ -1,0 +1,115 @@
+"""What several test modules share: small suites, requests, a plug-in with methods that misbehave."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from evalbench import runner
+from evalbench.runner import Request, SerialExecutor
+from evalbench.spec import Record, Suite, load_suite
+
+# Methods that break the contract, each in its own way; loaded like a user's plug-in.
+MISBEHAVING = '''
+import os
+
+import torch
+from evalbench.interfaces import Solver
+from evalbench.registry import register
+
+
+@register("raises")
+class Raises(Solver):
+    """Raises halfway."""
+
+    def sample(self, denoiser, x_T, cond, nfe, noise):
+        denoiser(x_T, 0.5, cond)
+        raise RuntimeError("the method broke")
+
+
+@register("nan")
+class Nan(Solver):
+    """Returns NaN."""
+
+    def sample(self, denoiser, x_T, cond, nfe, noise):
+        return denoiser(x_T, 0.5, cond) * float("nan")
+
+
+@register("wrong-shape")
+class WrongShape(Solver):
+    """Returns one sample too few."""
+
+    def sample(self, denoiser, x_T, cond, nfe, noise):
+        return denoiser(x_T, 0.5, cond)[1:]
+
+
+@register("overspends")
+class Overspends(Solver):
+    """Spends twice its budget."""
+
+    def sample(self, denoiser, x_T, cond, nfe, noise):
+        for _ in range(2 * nfe):
+            x = denoiser(x_T, 0.5, cond)
+        return x
+
+
+@register("needs-split")
+class NeedsSplit(Solver):
+    """Requires what no analytic model has."""
+
+    requires = frozenset({"split"})
+
+    def sample(self, denoiser, x_T, cond, nfe, noise):
+        return denoiser(x_T, 0.5, cond)
+
+
+@register("kills-worker")
+class KillsWorker(Solver):
+    """Takes its process down."""
+
+    def sample(self, denoiser, x_T, cond, nfe, noise):
+        os._exit(1)
+'''
+
+PAIRED = ("paired-median@identity", "fd@identity")
+
+
+def small_suite(name: str = "gmm-smooth", **sampling: Any) -> Suite:
+    """A built-in suite cut down to seconds."""
+    suite = load_suite(name).override(**{"samples": 96, "batch": 32, "chunk": 32, **sampling})
+    if suite.solution is None:
+        return suite
+    return suite.model_copy(update={"solution": suite.solution.model_copy(update={"nfe": 64})})
+
+
+def request(suite: Suite, methods: Sequence[str], nfe: Sequence[int] = (5,), **changes: Any) -> Request:
+    """A request with the usual defaults."""
+    content: dict[str, Any] = {
+        "suite": suite,
+        "methods": tuple(methods),
+        "nfe": tuple(nfe),
+        "guidance": (1.0,),
+        "seeds": (0,),
+        "metrics": PAIRED,
+        "allow_small_n": True,
+    }
+    return Request(**(content | changes))
+
+
+class CountingExecutor(SerialExecutor):
+    """A serial executor that remembers which chunks it computed."""
+
+    def __init__(self) -> None:
+        self.jobs: list[Any] = []
+
+    def map(self, jobs: Any) -> Any:
+        for job in jobs:
+            self.jobs.append(job)
+            yield from super().map(iter([job]))
+
+
+def run_serial(wanted: Request, out: Path) -> tuple[list[Record], CountingExecutor]:
+    """Run here and say what was computed."""
+    executor = CountingExecutor()
+    return runner.run(wanted, out, lambda: executor), executor

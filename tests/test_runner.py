@@ -1,0 +1,189 @@
+"""The loop: resume, added cells, error rows, and bits that do not depend on who computes them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support import MISBEHAVING, request, run_serial, small_suite
+
+from evalbench import runner
+from evalbench.errors import UserError
+from evalbench.runner import SerialExecutor
+from evalbench.spec import Record
+from evalbench.store import Store, open_run
+
+
+def _values(records: list[Record]) -> dict[tuple[str, int], dict[str, float]]:
+    return {(r.cell.method, r.cell.nfe): {k: v.value for k, v in r.metrics.items()} for r in records}
+
+
+def test_a_second_run_computes_nothing(tmp_path: Path) -> None:
+    wanted = request(small_suite(), ["ddim", "unipc"], [5, 10])
+    first, computed = run_serial(wanted, tmp_path)
+    second, again = run_serial(wanted, tmp_path)
+    assert len(computed.jobs) == 3 * (4 + 1)  # 3 chunks of 4 cells and of the fine solution
+    assert again.jobs == []
+    assert first == second
+
+
+def test_a_new_method_computes_only_its_cells(tmp_path: Path) -> None:
+    run_serial(request(small_suite(), ["ddim"]), tmp_path)
+    records, computed = run_serial(request(small_suite(), ["ddim", "unipc"]), tmp_path)
+    assert {job.cell.method for job in computed.jobs} == {"unipc"}
+    assert [r.cell.method for r in records] == ["ddim", "unipc"]
+
+
+def test_more_samples_keep_the_whole_chunks(tmp_path: Path) -> None:
+    run_serial(request(small_suite(samples=64), ["ddim"]), tmp_path)
+    _, computed = run_serial(request(small_suite(samples=96), ["ddim"]), tmp_path)
+    assert {(job.chunk.start, job.chunk.stop) for job in computed.jobs} == {(64, 96)}
+
+
+def test_an_interrupted_run_continues_to_the_same_records(tmp_path: Path) -> None:
+    class Stops(SerialExecutor):
+        def map(self, jobs):  # type: ignore[no-untyped-def]
+            for i, outcome in enumerate(super().map(jobs)):
+                if i == 4:
+                    raise KeyboardInterrupt
+                yield outcome
+
+    wanted = request(small_suite(), ["ddim", "unipc"])
+    with pytest.raises(KeyboardInterrupt):
+        runner.run(wanted, tmp_path / "a", Stops)
+    resumed, computed = run_serial(wanted, tmp_path / "a")
+    straight, _ = run_serial(wanted, tmp_path / "b")
+    assert len(computed.jobs) == 9 - 4
+    assert _values(resumed) == _values(straight)
+
+
+def test_a_damaged_chunk_is_computed_again(tmp_path: Path) -> None:
+    wanted = request(small_suite(), ["ddim"])
+    before, computed = run_serial(wanted, tmp_path)
+    file = Store(tmp_path).chunk_file(computed.jobs[-1].chunk)
+    file.write_bytes(file.read_bytes()[:100])
+    (tmp_path / "records.jsonl").unlink()
+    after, again = run_serial(wanted, tmp_path)
+    assert [job.chunk for job in again.jobs] == [computed.jobs[-1].chunk]
+    assert _values(before) == _values(after)
+
+
+def test_misbehaving_methods_become_rows_and_the_rest_is_complete(tmp_path: Path) -> None:
+    methods = ["raises", "nan", "wrong-shape", "overspends", "needs-split", "ddim"]
+    wanted = request(small_suite(), methods, plugins={"bad.py": MISBEHAVING})
+    records, computed = run_serial(wanted, tmp_path)
+    rows = {record.cell.method: record for record in records}
+    assert {name: row.status for name, row in rows.items()} == {
+        "raises": "error",
+        "nan": "error",
+        "wrong-shape": "error",
+        "overspends": "error",
+        "needs-split": "unsupported",
+        "ddim": "ok",
+    }
+    messages = {name: row.failure.message for name, row in rows.items() if row.failure}
+    assert messages["raises"] == "the method broke"
+    assert messages["nan"] == "32 of 32 samples hold NaN or infinity"
+    assert messages["wrong-shape"] == "wrong-shape returned (31, 8), expected a tensor of shape (32, 8)"
+    assert messages["overspends"] == "budget 5, spent 6"
+    assert messages["needs-split"] == "not supported: needs split"
+    assert "RuntimeError" in rows["raises"].failure.traceback  # type: ignore[union-attr]
+    assert len([job for job in computed.jobs if job.cell.method == "raises"]) == 1, "stops at the first failure"
+    assert runner.needs_attention(records)
+    assert rows["ddim"].metrics["paired-median@identity"].value > 0
+
+
+def test_errors_are_tried_again_and_unsupported_pairs_are_not(tmp_path: Path) -> None:
+    wanted = request(small_suite(), ["raises", "needs-split"], plugins={"bad.py": MISBEHAVING})
+    run_serial(wanted, tmp_path)
+    _, computed = run_serial(wanted, tmp_path)
+    assert {job.cell.method for job in computed.jobs} == {"raises"}
+
+
+def test_chunk_size_and_order_do_not_change_a_sample(tmp_path: Path) -> None:
+    class Backwards(SerialExecutor):
+        def map(self, jobs):  # type: ignore[no-untyped-def]
+            return super().map(reversed(list(jobs)))
+
+    runs = {}
+    for name, chunk, executor in (("a", 32, SerialExecutor), ("b", 96, SerialExecutor), ("c", 32, Backwards)):
+        wanted = request(small_suite(chunk=chunk), ["ddim(eta=1)"])
+        runner.run(wanted, tmp_path / name, executor)
+        store = Store(tmp_path / name)
+        cell = store.records()[0].cell
+        plan = runner.make_plan(wanted)
+        blocks = [store.read_chunk(chunk)["identity"] for chunk in plan.chunks(cell)]
+        runs[name] = np.concatenate(blocks)
+    np.testing.assert_array_equal(runs["a"], runs["b"])
+    np.testing.assert_array_equal(runs["a"], runs["c"])
+
+
+def test_another_batch_size_is_the_same_to_rounding(tmp_path: Path) -> None:
+    values = [
+        _values(run_serial(request(small_suite(batch=batch), ["unipc"]), tmp_path / str(batch))[0])
+        for batch in (32, 8)
+    ]
+    (one,), (other,) = (v.values() for v in values)
+    for metric, value in one.items():
+        assert other[metric] == pytest.approx(value, rel=1e-5)
+
+
+def test_batch_is_part_of_the_protocol_and_samples_too(tmp_path: Path) -> None:
+    protocols = {
+        run_serial(request(small_suite(**change), ["ddim"]), tmp_path / str(i))[0][0].protocol
+        for i, change in enumerate([{}, {"batch": 16}, {"samples": 64}])
+    }
+    assert len(protocols) == 3
+
+
+def test_guidance_is_an_axis(tmp_path: Path) -> None:
+    records, _ = run_serial(request(small_suite(), ["ddim"], guidance=(1.0, 3.0)), tmp_path)
+    assert [r.counts["evals.base"] for r in records] == [5.0, 10.0]
+    assert [r.counts["nfe"] for r in records] == [5.0, 5.0]
+
+
+def test_a_missing_metric_says_why(tmp_path: Path) -> None:
+    (record,), _ = run_serial(
+        request(small_suite(samples=12), ["ddim"], metrics=("fd@identity",), allow_small_n=False), tmp_path
+    )
+    assert record.metrics == {}
+    assert "--allow-small-n" in record.missing["fd@identity"]
+
+
+def test_latency_is_measured_once_per_cell(tmp_path: Path) -> None:
+    wanted = request(small_suite(), ["ddim", "unipc"], [2, 4], measure=frozenset({"latency"}), latency_rounds=3)
+    records, _ = run_serial(wanted, tmp_path)
+    assert len(records) == 4
+    for record in records:
+        assert record.latency is not None
+        assert len(record.latency.seconds) == 3
+        assert all(seconds > 0 for seconds in record.latency.seconds)
+    again, _ = run_serial(wanted, tmp_path)
+    assert again == records
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"nfe": (0,)}, "--nfe 0"),
+        ({"nfe": ()}, "--nfe is empty"),
+        ({"methods": ("ddimm",)}, "unknown method 'ddimm'"),
+        ({"metrics": ("fdd@identity",)}, "unknown metric 'fdd'"),
+        ({"metrics": ("fd@identities",)}, "unknown extractor 'identities'; did you mean 'identity'"),
+        ({"seeds": (-1,)}, "a seed is 0 or more"),
+    ],
+)
+def test_a_bad_request_is_refused_before_anything_runs(changes: dict, message: str, tmp_path: Path) -> None:
+    wanted = request(small_suite(), ["ddim"])
+    import dataclasses
+
+    with pytest.raises(UserError, match=message):
+        runner.run(dataclasses.replace(wanted, **changes), tmp_path / "out", SerialExecutor)
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_writers_do_not_share_a_folder(tmp_path: Path) -> None:
+    suite = small_suite()
+    with open_run(tmp_path / "r", suite, {}), pytest.raises(UserError, match="another evalbench is writing"):
+        runner.run(request(suite, ["ddim"]), tmp_path / "r", SerialExecutor)
