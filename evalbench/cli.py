@@ -25,7 +25,6 @@ KINDS = ("suites", "methods", "metrics")
 app = typer.Typer(
     name="evalbench",
     help="Benchmark diffusion and flow sampling methods: how good, how sure, at what cost.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -52,9 +51,11 @@ ShowPlan = Annotated[bool, typer.Option("--plan", help="Print cells, chunks and 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
-@app.callback()
-def _root(debug: Debug = False) -> None:
+@app.callback(invoke_without_command=True)
+def _root(context: typer.Context, debug: Debug = False) -> None:
     """Benchmark diffusion and flow sampling methods: how good, how sure, at what cost."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 @app.command()
@@ -349,16 +350,14 @@ def main() -> None:
 
 
 def _guarded(debug: bool) -> int:
-    from click.exceptions import Abort, ClickException
-
     try:
         code = app(standalone_mode=False)
         return int(code or DONE)
     except EvalbenchError as error:
         return _complain(str(error), error.exit_code, debug)
-    except ClickException as error:
+    except typer.TyperException as error:
         return _complain(error.format_message().replace("\n", " "), USER, debug)
-    except (KeyboardInterrupt, Abort):
+    except (KeyboardInterrupt, typer.Abort):
         return _complain("interrupted; run the same command again to continue", INTERRUPTED, False)
     except BrokenPipeError:
         return DONE

@@ -12,7 +12,7 @@ import ray
 from evalbench import worker
 from evalbench.errors import EvalbenchError
 from evalbench.spec import Failure
-from evalbench.worker import ChunkFailure, ChunkResult, Job, LatencyJob, LatencyResult
+from evalbench.worker import ChunkFailure, ChunkResult, Job, LatencyJob, LatencyResult, Timing
 
 _RETRIES = 3  # a chunk whose worker died this often is quarantined as an error of its cell
 
@@ -23,8 +23,8 @@ class _Worker:
     def run(self, job: Job) -> ChunkResult | ChunkFailure:
         return worker.run_job(job)
 
-    def latency(self, job: LatencyJob) -> LatencyResult:
-        return worker.run_latency(job)
+    def latency(self, job: LatencyJob) -> Iterator[Timing | LatencyResult]:
+        yield from worker.run_latency(job)
 
 
 class RayExecutor:
@@ -74,10 +74,10 @@ class RayExecutor:
                 else:
                     yield _quarantined(job, error)
 
-    def latency(self, job: LatencyJob) -> LatencyResult:
+    def latency(self, job: LatencyJob) -> Iterator[Timing | LatencyResult]:
         """Time on one actor; the others are idle because `map` has ended."""
-        result: LatencyResult = ray.get(self._actors[0].latency.remote(job))
-        return result
+        for reference in self._actors[0].latency.options(num_returns="streaming").remote(job):
+            yield ray.get(reference)
 
     def shutdown(self) -> None:
         """Stop the actors, and Ray when this executor started it."""

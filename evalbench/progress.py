@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+from dataclasses import dataclass
 from types import TracebackType
 
 from rich.console import Console
@@ -42,8 +42,24 @@ class CostModel:
         return float(a), float(b)
 
 
+@dataclass
+class Phase:
+    """Work of one kind: what is left, how many workers share it, and what its pieces cost so far."""
+
+    forwards: float
+    samples: float
+    workers: int
+    total: float
+    cost: CostModel
+
+    def seconds_left(self, per_forward: float) -> float:
+        """Wall seconds, by this phase's own pieces; before the first, by another phase's seconds per forward."""
+        own = self.cost.seconds(self.forwards, self.samples)
+        return (per_forward * self.forwards if own is None else own) / self.workers
+
+
 class ProgressBar:
-    """An observer of `runner.run` that draws one bar on a console. Phases (quality, latency) add to its total."""
+    """An observer of `runner.run` that draws one bar on a console, over all phases announced."""
 
     def __init__(self, console: Console) -> None:
         self._bar = Progress(
@@ -56,11 +72,7 @@ class ProgressBar:
             transient=not console.is_terminal,
         )
         self._task = self._bar.add_task("starting", total=None, eta="")
-        self._cost = CostModel()
-        self._left: tuple[float, float] = (0.0, 0.0)
-        self._planned: tuple[float, float] = (0.0, 0.0)
-        self._workers = 1
-        self.started = time.perf_counter()
+        self._phases: dict[str, Phase] = {}
 
     def __enter__(self) -> ProgressBar:
         self._bar.start()
@@ -71,18 +83,17 @@ class ProgressBar:
     ) -> None:
         self._bar.stop()
 
-    def planned(self, forwards: float, samples: int, workers: int) -> None:
-        """A phase begins with this much work."""
-        self._left = (self._left[0] + forwards, self._left[1] + samples)
-        self._planned = (self._planned[0] + forwards, self._planned[1] + samples)
-        self._workers = workers
-        self._refresh()
+    def planned(self, phase: str, forwards: float, samples: int, workers: int) -> None:
+        """A phase with this much work is to come."""
+        self._phases[phase] = Phase(forwards, samples, workers, forwards, CostModel())
 
-    def landed(self, forwards: float, samples: int, seconds: float) -> None:
-        """A chunk landed."""
-        self._cost.add(forwards, samples, seconds)
-        self._left = (self._left[0] - forwards, self._left[1] - samples)
-        self._refresh()
+    def landed(self, phase: str, forwards: float, samples: int, seconds: float) -> None:
+        """A piece of a phase is done."""
+        current = self._phases[phase]
+        current.cost.add(forwards, samples, seconds)
+        current.forwards = max(0.0, current.forwards - forwards)
+        current.samples = max(0.0, current.samples - samples)
+        self._refresh(phase)
 
     def note(self, line: str) -> None:
         """A line above the bar."""
@@ -90,15 +101,19 @@ class ProgressBar:
 
     @property
     def eta(self) -> float | None:
-        """Seconds left; None before the first chunk."""
-        seconds = self._cost.seconds(*self._left)
-        return None if seconds is None else seconds / self._workers
+        """Seconds left in all phases; None before the first piece."""
+        known = [phase.cost.seconds(1.0, 0.0) for phase in self._phases.values()]
+        per_forward = next((seconds for seconds in known if seconds is not None), None)
+        if per_forward is None:
+            return None
+        return sum(phase.seconds_left(per_forward) for phase in self._phases.values())
 
-    def _refresh(self) -> None:
-        done = self._planned[0] - self._left[0]
+    def _refresh(self, phase: str) -> None:
         eta = self.eta
+        total = sum(p.total for p in self._phases.values())
+        done = total - sum(p.forwards for p in self._phases.values())
         text = "" if eta is None else f"about {_human(eta)} left"
-        self._bar.update(self._task, description="sampling", completed=done, total=self._planned[0], eta=text)
+        self._bar.update(self._task, description=phase, completed=done, total=total, eta=text)
 
 
 def _human(seconds: float) -> str:

@@ -18,7 +18,7 @@ from evalbench.interfaces import Metric, Parts
 from evalbench.reduce import paired_parts, parts_of, reduce_counts, reduce_metrics
 from evalbench.spec import Cell, Chunk, Failure, Record, Suite, chunks_of, content_id
 from evalbench.store import Store, open_run
-from evalbench.worker import ChunkFailure, ChunkResult, Job, LatencyJob, LatencyResult
+from evalbench.worker import ChunkFailure, ChunkResult, Job, LatencyJob, LatencyResult, Timing
 
 Outcome = ChunkResult | ChunkFailure
 
@@ -32,8 +32,8 @@ class Executor(Protocol):
         """Outcomes as they land, in any order; pulls a job only when a worker is free."""
         ...
 
-    def latency(self, job: LatencyJob) -> LatencyResult:
-        """Run a latency job alone: nothing else is in flight."""
+    def latency(self, job: LatencyJob) -> Iterator[Timing | LatencyResult]:
+        """Run a latency job alone, nothing else in flight: a Timing per call, the result last."""
         ...
 
     def shutdown(self) -> None:
@@ -50,7 +50,7 @@ class SerialExecutor:
         """Outcomes in order."""
         return map(worker.run_job, jobs)
 
-    def latency(self, job: LatencyJob) -> LatencyResult:
+    def latency(self, job: LatencyJob) -> Iterator[Timing | LatencyResult]:
         """Time in this process."""
         return worker.run_latency(job)
 
@@ -59,13 +59,16 @@ class SerialExecutor:
 
 
 class Observer(Protocol):
-    """Told what happens, for progress bars. Forwards are network evaluations of the field, summed over samples."""
+    """Told what happens, for progress bars.
 
-    def planned(self, forwards: float, samples: int, workers: int) -> None:
-        """Work left to do, known before it starts."""
+    Work comes in phases (`quality`, `latency`) and is counted in forwards: evaluations of the field over all samples.
+    """
 
-    def landed(self, forwards: float, samples: int, seconds: float) -> None:
-        """A chunk landed after `seconds` on its worker."""
+    def planned(self, phase: str, forwards: float, samples: int, workers: int) -> None:
+        """Work of a phase, announced before anything runs."""
+
+    def landed(self, phase: str, forwards: float, samples: int, seconds: float) -> None:
+        """A piece of it is done, after `seconds` on its worker."""
 
     def note(self, line: str) -> None:
         """Something worth a line."""
@@ -74,10 +77,10 @@ class Observer(Protocol):
 class Silent:
     """An observer that says nothing."""
 
-    def planned(self, forwards: float, samples: int, workers: int) -> None:
+    def planned(self, phase: str, forwards: float, samples: int, workers: int) -> None:
         """Nothing."""
 
-    def landed(self, forwards: float, samples: int, seconds: float) -> None:
+    def landed(self, phase: str, forwards: float, samples: int, seconds: float) -> None:
         """Nothing."""
 
     def note(self, line: str) -> None:
@@ -214,6 +217,7 @@ def run(
     plan = make_plan(request)
     with open_run(out, request.suite, request.plugins) as store:
         loop = _Loop(plan, store, executor, observer or Silent())
+        loop.announce()
         if "quality" in request.measure:
             loop.quality()
         if "latency" in request.measure:
@@ -245,24 +249,38 @@ class _Loop:
         found = [record for record in self.store.records() if record.cell.id in wanted]
         return sorted(found, key=lambda record: record.kind, reverse=True)
 
+    def announce(self) -> None:
+        """Tell the observer all the work there is, so that its estimate covers the whole run."""
+        if "quality" in self.plan.request.measure:
+            _, waiting = self._open_quality()
+            budgets = {cell.id: cell.nfe for cell in self.plan.work}
+            samples = {cell_id: sum(c.stop - c.start for c in chunks) for cell_id, chunks in waiting.items()}
+            forwards = sum(count * budgets[cell_id] for cell_id, count in samples.items())
+            if forwards:
+                self.observer.planned("quality", forwards, sum(samples.values()), self.executor.workers)
+        if "latency" in self.plan.request.measure:
+            job = self._latency_job()
+            calls = job.batch * (job.rounds + 1)
+            if job.cells:
+                self.observer.planned("latency", sum(c.nfe for c in job.cells) * calls, len(job.cells) * calls, 1)
+
     # --- quality ---
 
     def quality(self) -> None:
         """Compute the missing chunks, reduce each cell as soon as its last chunk lands."""
-        done = {r.cell.id for r in self.store.records() if self._is_current(r)}
-        cells = [cell for cell in self.plan.cells if cell.id not in done]
-        if not cells:
-            return
-        needed = {self.plan.solutions[c.id].id for c in cells if c.id in self.plan.solutions}
-        needed |= {cell.id for cell in cells}
-        waiting = {c.id: self._missing_chunks(c) for c in self.plan.work if c.id in needed}
-        self._announce(waiting)
-        pending = {cell.id: cell for cell in cells}
+        pending, waiting = self._open_quality()
         self._reduce_ready(pending, waiting)
         if any(waiting.values()):
             for outcome in self.executor.map(self._jobs(waiting)):
                 self._land(outcome, waiting)
                 self._reduce_ready(pending, waiting)
+
+    def _open_quality(self) -> tuple[dict[str, Cell], dict[str, list[Chunk]]]:
+        """Cells without a current record, and the missing chunks of them and of their fine solutions, by cell id."""
+        done = {r.cell.id for r in self.store.records() if self._is_current(r)}
+        pending = {cell.id: cell for cell in self.plan.cells if cell.id not in done}
+        needed = {self.plan.solutions[i].id for i in pending if i in self.plan.solutions} | pending.keys()
+        return pending, {c.id: self._missing_chunks(c) for c in self.plan.work if c.id in needed}
 
     def _is_current(self, record: Record) -> bool:
         if record.kind != "quality" or record.status == "error":
@@ -312,14 +330,7 @@ class _Loop:
         seconds = float(outcome.facts["seconds"])
         self._seconds[job.cell.id] = self._seconds.get(job.cell.id, 0.0) + seconds
         samples = job.chunk.stop - job.chunk.start
-        self.observer.landed(samples * job.cell.nfe, samples, seconds)
-
-    def _announce(self, waiting: Mapping[str, list[Chunk]]) -> None:
-        budgets = {cell.id: cell.nfe for cell in self.plan.work}
-        samples = {cell_id: sum(c.stop - c.start for c in chunks) for cell_id, chunks in waiting.items()}
-        forwards = sum(count * budgets[cell_id] for cell_id, count in samples.items())
-        if forwards:
-            self.observer.planned(forwards, sum(samples.values()), self.executor.workers)
+        self.observer.landed("quality", samples * job.cell.nfe, samples, seconds)
 
     def _reduce_ready(self, pending: dict[str, Cell], waiting: Mapping[str, list[Chunk]]) -> None:
         for cell in list(pending.values()):
@@ -385,18 +396,23 @@ class _Loop:
 
     def latency(self) -> None:
         """Time the cells that have no latency record on this hardware yet, alone on one worker."""
-        failed = {r.cell.id for r in self.store.records() if r.kind == "quality" and r.status != "ok"}
-        timed = {r.cell.id for r in self.store.records() if self._is_timed_here(r)}
-        cells = tuple(c for c in self.plan.cells if c.id not in failed | timed)
-        if not cells:
+        job = self._latency_job()
+        if not job.cells:
             return
+        for event in self.executor.latency(job):
+            if isinstance(event, LatencyResult):
+                for cell in job.cells:
+                    self.store.append(self._latency_record(cell, event))
+            else:
+                self.observer.landed("latency", event.cell.nfe * job.batch, job.batch, event.seconds)
+
+    def _latency_job(self) -> LatencyJob:
+        records = self.store.records()
+        failed = {r.cell.id for r in records if r.kind == "quality" and r.status != "ok"}
+        timed = {r.cell.id for r in records if self._is_timed_here(r)}
+        cells = tuple(c for c in self.plan.cells if c.id not in failed | timed)
         request = self.plan.request
-        job = LatencyJob(request.suite, cells, request.latency_rounds, request.plugins)
-        calls = job.rounds + 1
-        self.observer.planned(sum(c.nfe for c in cells) * job.batch * calls, len(cells) * job.batch * calls, workers=1)
-        result = self.executor.latency(job)
-        for cell in cells:
-            self.store.append(self._latency_record(cell, result))
+        return LatencyJob(request.suite, cells, request.latency_rounds, request.plugins)
 
     def _is_timed_here(self, record: Record) -> bool:
         return (

@@ -26,6 +26,7 @@ from evalbench import __version__
 from evalbench.errors import EvalbenchError, UserError
 from evalbench.spec import Chunk, Record, Suite, record_from_json
 
+
 class Store:
     """A run folder, for reading. `open_run` creates and locks one for writing.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.resources import files
@@ -77,15 +77,16 @@ def run_job(job: Job) -> ChunkResult | ChunkFailure:
         setup = prepare(job.suite, job.plugins)
         arrays = _compute(job, setup)
     except Exception as error:  # whatever a method raises is that cell's record
-        failure = Failure(type=type(error).__name__, message=_first_line(error), traceback=traceback.format_exc())
-        return ChunkFailure(job, failure, isinstance(error, Unsupported))
+        return ChunkFailure(job, _failure(error), isinstance(error, Unsupported))
     facts = {"seconds": time.perf_counter() - started, "environment": environment.describe(setup.device)}
     return ChunkResult(job, arrays, facts)
 
 
-def _first_line(error: Exception) -> str:
+def _failure(error: Exception) -> Failure:
+    """The record of an exception that is being handled."""
     text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    message = text.splitlines()[0] if text else type(error).__name__
+    return Failure(type=type(error).__name__, message=message, traceback=traceback.format_exc())
 
 
 @dataclass
@@ -319,6 +320,14 @@ class LatencyJob:
 
 
 @dataclass(frozen=True)
+class Timing:
+    """One timed call of a cell, for progress."""
+
+    cell: Cell
+    seconds: float
+
+
+@dataclass(frozen=True)
 class LatencyResult:
     """Timings by cell id, or why a cell could not be timed."""
 
@@ -326,22 +335,30 @@ class LatencyResult:
     environment: dict[str, Any]
 
 
-def run_latency(job: LatencyJob) -> LatencyResult:
-    """Time whole sampling calls, from x_T to finished images, without feature extraction."""
+def run_latency(job: LatencyJob) -> Iterator[Timing | LatencyResult]:
+    """Time whole sampling calls, from x_T to finished images, without feature extraction.
+
+    Yields:
+        A Timing after each call (warm-up included), and the LatencyResult last.
+    """
     setup = prepare(job.suite, job.plugins)
     described = environment.describe(setup.device)
     outcomes: dict[str, Latency | Failure] = {}
-    calls = {cell.id: _timed_call(setup, cell, job) for cell in job.cells}
-    for cell_id, call in calls.items():
+    cells = {cell.id: cell for cell in job.cells}
+    calls = {}
+    for cell_id, cell in cells.items():
+        call = _timed_call(setup, cell, job)
         try:
             call()  # a cell that fails is found out before the rounds begin
+            calls[cell_id] = call
         except Exception as error:
-            outcomes[cell_id] = Failure(
-                type=type(error).__name__, message=_first_line(error), traceback=traceback.format_exc()
-            )
-    alive = [cell_id for cell_id in calls if cell_id not in outcomes]
-    seconds = interleaved([calls[cell_id] for cell_id in alive], job.rounds, setup.device)
-    for cell_id, values in zip(alive, seconds, strict=True):
+            outcomes[cell_id] = _failure(error)
+    seconds: dict[str, list[float]] = {cell_id: [] for cell_id in calls}
+    for cell_id, spent, counts in interleaved(calls, job.rounds, setup.device):
+        if counts:
+            seconds[cell_id].append(spent)
+        yield Timing(cells[cell_id], spent)
+    for cell_id, values in seconds.items():
         outcomes[cell_id] = Latency(
             batch=job.batch,
             seconds=tuple(values),
@@ -350,7 +367,7 @@ def run_latency(job: LatencyJob) -> LatencyResult:
             threads=described["threads"],
             peak_bytes=environment.peak_bytes(setup.device),
         )
-    return LatencyResult(outcomes, described)
+    yield LatencyResult(outcomes, described)
 
 
 def _timed_call(setup: Setup, cell: Cell, job: LatencyJob) -> Callable[[], object]:

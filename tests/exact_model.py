@@ -12,6 +12,7 @@ from evalbench.models.gmm import GaussianMixture
 from evalbench.noise import NoiseSource
 from evalbench.paths import Path
 
+torch.set_num_threads(1)  # tiny tensors: threads only wait for each other
 COND = Cond()
 
 

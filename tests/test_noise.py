@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -55,7 +57,7 @@ def test_uses_steps_and_seeds_are_different_numbers() -> None:
 def test_brownian_increments_add_up(cuts: list[float]) -> None:
     source = _source([5])
     times = sorted({0.0, 1.0, *cuts})
-    pieces = [(b - a) ** 0.5 * source.increment(a, b) for a, b in zip(times, times[1:], strict=False)]
+    pieces = [(b - a) ** 0.5 * source.increment(a, b) for a, b in pairwise(times)]
     torch.testing.assert_close(sum(pieces), source.increment(0.0, 1.0), rtol=1e-9, atol=1e-9)
 
 

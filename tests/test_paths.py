@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -61,7 +63,7 @@ def test_grids_fall_from_start_to_end(path: Path, kind: str, n: int) -> None:
     times = grid(path, kind, n)
     assert len(times) == n + 1
     assert (times[0], times[-1]) == (path.t_start, path.t_end)
-    assert all(b < a for a, b in zip(times, times[1:], strict=False))
+    assert all(b < a for a, b in pairwise(times))
 
 
 def test_a_path_that_ends_at_zero_spends_its_last_step_there() -> None:

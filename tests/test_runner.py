@@ -121,8 +121,7 @@ def test_chunk_size_and_order_do_not_change_a_sample(tmp_path: Path) -> None:
 
 def test_another_batch_size_is_the_same_to_rounding(tmp_path: Path) -> None:
     values = [
-        _values(run_serial(request(small_suite(batch=batch), ["unipc"]), tmp_path / str(batch))[0])
-        for batch in (32, 8)
+        _values(run_serial(request(small_suite(batch=batch), ["unipc"]), tmp_path / str(batch))[0]) for batch in (32, 8)
     ]
     (one,), (other,) = (v.values() for v in values)
     for metric, value in one.items():

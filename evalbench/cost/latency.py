@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
@@ -27,25 +27,16 @@ def timed(call: Callable[[], object], device: torch.device) -> float:
 
 
 def interleaved(
-    calls: Sequence[Callable[[], object]],
-    rounds: int,
-    device: torch.device,
-    progress: Callable[[int], None] = lambda i: None,
-) -> list[list[float]]:
-    """Seconds of each call in A B C A B C order, after one unmeasured round.
+    calls: Mapping[str, Callable[[], object]], rounds: int, device: torch.device
+) -> Iterator[tuple[str, float, bool]]:
+    """Time the calls in A B C A B C order; the first round is warm-up of the exact configuration.
 
     Args:
-        calls: one per competitor. rounds: measured rounds, at least 1.
-        device: synchronised around each call. progress: told the index of each finished call, warm-up included.
+        calls: one per competitor, by name. rounds: measured rounds, at least 1. device: synchronised around each call.
 
-    Returns:
-        A list of `rounds` seconds for each call.
+    Yields:
+        (name, seconds, whether it counts) for each call, as it ends.
     """
-    seconds: list[list[float]] = [[] for _ in calls]
     for number in range(rounds + 1):
-        for i, call in enumerate(calls):
-            spent = timed(call, device)
-            if number:  # round 0 warms up
-                seconds[i].append(spent)
-            progress(i)
-    return seconds
+        for name, call in calls.items():
+            yield name, timed(call, device), number > 0

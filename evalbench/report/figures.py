@@ -56,7 +56,7 @@ class Drawn:
 
     Attributes:
         name: stem of the files. png, pdf, csv: the files. alt: what a reader who cannot see it is told.
-        caption: what stands below it.
+        caption: what stands below it. wide: whether it has several panels.
     """
 
     name: str
@@ -65,6 +65,7 @@ class Drawn:
     csv: Path
     alt: str
     caption: str
+    wide: bool
 
 
 @dataclass(frozen=True)
@@ -177,9 +178,8 @@ def _save(chart: Chart, name: str, title: str, folder: Path) -> Drawn:
         figure = draw(chart)
         png = write_bytes(folder / f"{name}.png", _bytes(figure, "png"))
         pdf = write_bytes(folder / f"{name}.pdf", _bytes(figure, "pdf"))
-    return Drawn(
-        name, png, pdf, write_table(chart.points, folder / f"{name}.csv"), _alt(chart, title), _caption(chart, title)
-    )
+    table = write_table(chart.points, folder / f"{name}.csv")
+    return Drawn(name, png, pdf, table, _alt(chart, title), _caption(chart, title), wide=len(chart.panels) > 1)
 
 
 def _bytes(figure: Figure, kind: str) -> bytes:

@@ -50,8 +50,8 @@ def _results(content: Content) -> list[str]:
         footnotes = "".join(f"- {md(note)}\n" for note in notes)
         parts += [table(primary), footnotes, table(full)]
     if not content.blocks:
-        parts.append("No cell has a record yet.\n")
-    return parts
+        return [*parts, "No cell has a record yet.\n"]
+    return [*parts, "".join(f"- {md(note)}\n" for note in content.general_notes)]
 
 
 def _pictures(content: Content, folder: Path) -> list[str]:

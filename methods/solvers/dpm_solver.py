@@ -100,7 +100,8 @@ class DPMSolverPP(PlannedSolver):
     It is not `dpm-solver` (noise prediction) nor `unipc` without corrector (whose order 3 differs). Equals diffusers'
     DPMSolverMultistepScheduler with `dpmsolver++` or `sde-dpmsolver++`, and DPMSolverSinglestepScheduler at order 2
     and at order 3 with `solver_type="heun"`; at order 3 with `midpoint` that class computes the second inner node
-    with the midpoint formula, where this takes phi_2.
+    with the midpoint formula, where this takes phi_2. Its `sde-dpmsolver++` at order 3 has -1/2 where the integral
+    of the second difference has +1/2; this has +1/2, as k-diffusion's 3M SDE.
 
     Attributes:
         order: 1, 2 or 3. algorithm: `multistep`, `singlestep` or `sde`.

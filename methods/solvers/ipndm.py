@@ -34,11 +34,11 @@ class IPNDM(PlannedSolver):
     """iPNDM (Zhang & Chen 2023): the `ddim` step on an Adams-Bashforth mean of the last eps evaluations.
 
     One evaluation per step, lower orders in the first steps, first order in a step to t = 0. The weights are those of
-    equal steps, though steps in sigma / alpha are not equal: order p holds only where the grid is uniform there, on
-    other grids it is of order 1 with small constants. `variable_step=true` (iPNDM_v) has the weights of the actual
-    steps, order p, and equals `deis(space=rho)`. diffusers' IPNDMScheduler is order 4 of this on its own path
-    alpha = cos(pi t / 2), sigma = sin(pi t / 2), from alpha = 0, where its first step takes x0 = 0, and with
-    fourth order also in the step to sigma = 0. PNDMScheduler starts with Runge-Kutta steps instead.
+    equal steps: order p holds only on a grid that is uniform in sigma / alpha, on other smooth grids the order is 2
+    at most. `variable_step=true` (iPNDM_v) has the weights of the actual steps and order p, and equals
+    `deis(space=rho)`. diffusers' IPNDMScheduler is order 4 of this on its own path alpha = cos(pi t / 2),
+    sigma = sin(pi t / 2), from alpha = 0, where its first step takes x0 = 0, and with fourth order also in the step
+    to sigma = 0. PNDMScheduler starts with Runge-Kutta steps instead.
 
     Attributes:
         order: 1 to 4. variable_step: weights of the actual steps (iPNDM_v).

@@ -34,7 +34,7 @@ class UniPC(PlannedSolver):
     corrects it: the corrected state is the base of the next step. The last step has no evaluation at its end, hence
     no correction. A step to t = 0 is first order and returns x0. Without corrector and with `variant="bh2"` order 2
     is `dpm-solver++` 2M. Equals diffusers' UniPCMultistepScheduler with `solver_order`, `solver_type` and
-    `predict_x0` of the same meaning.
+    `predict_x0` of the same meaning, except that `bh1` with a step to sigma = 0 gives NaN there.
 
     Attributes:
         order: 1, 2 or 3, of the predictor.

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from report.synthetic import METHODS, NOTE, N, failed, latency, make_records, make_suite, quality, value
 
 import evalbench
 from evalbench.errors import UserError
@@ -17,8 +18,6 @@ from evalbench.report import load
 from evalbench.report.frames import cells_frame, latency_fits, timings_frame, write_table, write_timings
 from evalbench.spec import Record, Suite
 from evalbench.store import Store
-
-from .conftest import METHODS, NOTE, N, failed, latency, make_records, make_suite, quality, value
 
 
 def table(records: list[Record], path: Path) -> list[dict[str, str]]:
@@ -129,7 +128,7 @@ def test_runs_without_latencies_have_empty_tables(found: list[Record]) -> None:
 
 
 def test_load_is_the_table_of_a_run(make_store: Callable[..., Store], records: list[Record], suite: Suite) -> None:
-    folder = make_store(records, suite, images=False).folder
+    folder = make_store(records).folder
     frame = evalbench.load(folder)
     assert frame.equals(cells_frame(records, suite))
     assert load(str(folder)).equals(frame)

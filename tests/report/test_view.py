@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 
 import pytest
+from report.synthetic import N, failed, make_records, make_suite, quality
 
 from evalbench.report.text import count, md, md_name, number, plus_minus, significant
 from evalbench.report.view import blocks, troubles
 from evalbench.spec import Record, Suite
-
-from .conftest import N, failed, make_records, make_suite, quality
 
 
 def test_rows_of_another_n_are_another_block(suite: Suite) -> None:

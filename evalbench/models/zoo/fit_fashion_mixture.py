@@ -65,7 +65,8 @@ def fit(images: np.ndarray, labels: np.ndarray) -> tuple[dict[str, np.ndarray], 
 
 def _clusters(points: np.ndarray, seed: int) -> np.ndarray:
     """Cluster of each point: the best of a few k-means starts whose clusters all can carry RANK factors."""
-    best, assignment = np.inf, None
+    best = np.inf
+    assignment: np.ndarray | None = None
     for start in range(STARTS):
         centres, found = kmeans2(points, CLUSTERS, minit="++", seed=seed + 100 * start, iter=30)
         inertia = float(((points - centres[found]) ** 2).sum())

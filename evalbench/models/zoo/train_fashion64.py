@@ -23,7 +23,7 @@ from evalbench.models.zoo.training import (
     write_card,
 )
 
-RECIPE = Recipe(epochs=12, batch=128, seed=64, rate=4e-3, decay=1e-2, shift=0)
+RECIPE = Recipe(epochs=9, batch=128, seed=64, rate=4e-3, decay=1e-2, shift=0)
 
 
 def main() -> None:

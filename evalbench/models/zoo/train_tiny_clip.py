@@ -158,7 +158,7 @@ def main() -> None:
         return cosine
 
     with torch.inference_mode():
-        own = torch.cat([cosines(rows) for rows in images.split(500)]).gather(1, labels[:, None])
+        own = torch.cat([cosines(rows) for rows in torch.split(images, 500)]).gather(1, labels[:, None])
     facts = {
         "what": "CLIP of open_clip's classes; its cosine is the score tiny-fashion, which is not a CLIP score",
         "parameters": sum(weight.numel() for weight in stored.parameters()),

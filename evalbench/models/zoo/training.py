@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -101,7 +101,7 @@ def fit(
     network.train()
     for epoch in range(recipe.epochs):
         order = torch.randperm(len(images))
-        for rows in order[: len(images) // recipe.batch * recipe.batch].split(recipe.batch):
+        for rows in torch.split(order[: len(images) // recipe.batch * recipe.batch], recipe.batch):
             value = loss(augmented(images[rows], recipe.shift), labels[rows])
             optimizer.zero_grad()
             value.backward()  # type: ignore[no-untyped-call]
@@ -128,14 +128,14 @@ def fold(network: nn.Module) -> dict[str, torch.Tensor]:
 
 def save_half(weights: Mapping[str, torch.Tensor], file: Path) -> None:
     """Write float16 safetensors."""
-    save_file({name: tensor.half().contiguous() for name, tensor in weights.items()}, file)
+    file.write_bytes(save({name: tensor.half().contiguous() for name, tensor in weights.items()}))
 
 
 def accuracy(logits: Callable[[torch.Tensor], torch.Tensor], data: Data) -> float:
     """Fraction of images whose largest logit is their label."""
     images, labels = data
     with torch.inference_mode():
-        seen = torch.cat([logits(rows).argmax(1) for rows in images.split(500)])
+        seen = torch.cat([logits(rows).argmax(1) for rows in torch.split(images, 500)])
     return float((seen == labels).double().mean())
 
 
@@ -163,8 +163,9 @@ def write_card(file: Path, weights: Path, recipe: Recipe, facts: Mapping[str, An
         "seed": recipe.seed,
         "peak_learning_rate": recipe.rate,
         "weight_decay": recipe.decay,
-        "augmentation": f"mirror, shift up to {recipe.shift} pixels",
+        "augmentation": "mirror" + (f", shift up to {recipe.shift} pixels" if recipe.shift else ""),
         "machine": "2 CPU cores",
+        "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "bytes": weights.stat().st_size,
         "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),

@@ -1,0 +1,328 @@
+"""The files of a report: their numbers are the records', their text is escaped, their bytes are stable."""
+
+from __future__ import annotations
+
+import html.parser
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from report.synthetic import METHODS, NOTE, failed, make_records, make_suite, quality, write_run
+
+from evalbench.errors import UserError
+from evalbench.report import build_report
+from evalbench.spec import Record
+from evalbench.store import Store
+
+HOSTILE = "evil(x=<script>document.title='owned'</script>|`*&amp;\")"
+Make = Callable[..., Store]
+
+
+class Page(html.parser.HTMLParser):
+    """Tags with their attributes, and the rows of every table, of a page whose tags close in order."""
+
+    VOID = ("meta", "img", "br", "link", "hr", "input")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.tables: list[list[list[str]]] = []
+        self.open: list[str] = []
+        self._cell: list[str] | None = None
+        self.feed(text)
+        self.close()
+        assert not self.open, f"not closed: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self._cell = []
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+        if tag in ("td", "th") and self._cell is not None:
+            self.tables[-1][-1].append("".join(self._cell))
+            self._cell = None
+
+    def handle_data(self, data: str) -> None:
+        if self._cell is not None:
+            self._cell.append(data)
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    store = write_run(tmp_path_factory.mktemp("report") / "run", make_records())
+    return build_report(store, store.folder / "report")
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    suite = make_suite(summary="</style><script>document.title='owned'</script> & more")
+    found = [quality(HOSTILE, 5, 3.0), quality("ddim", 5, 4.0), failed("ddim", 10, "error", "<img src=x onerror=1>|y")]
+    store = write_run(tmp_path_factory.mktemp("hostile") / "run", found, suite)
+    return build_report(store, store.folder / "report")
+
+
+def test_every_file_is_there(paths: dict[str, Path]) -> None:
+    assert {"table", "timings", "md", "html", "figure:quality-nfe", "figure:quality-latency", "grid:samples"} <= set(
+        paths
+    )
+    assert all(path.stat().st_size > 100 for path in paths.values())
+    for name in ("quality-nfe", "quality-latency", "metrics-nfe"):
+        for kind in ("pdf", "csv"):
+            assert (paths["figure:quality-nfe"].parent / f"{name}.{kind}").is_file()
+    assert paths["table"].parent == paths["html"].parent.parent
+
+
+def test_an_unknown_format_names_the_known_ones(make_store: Make, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"unknown format 'htm'; did you mean 'html'\?"):
+        build_report(make_store([]), tmp_path, ("htm",))
+
+
+def test_only_what_was_asked_for_is_written(make_store: Make, records: list[Record]) -> None:
+    store = make_store(records)
+    assert set(build_report(store, store.folder / "report", ("csv",))) == {"table", "timings"}
+    assert not (store.folder / "report").exists()
+
+
+@pytest.mark.parametrize("found", [[], [failed("ddim", 5, "error", "boom")], [quality("ddim", 5, 1.0, metrics={})]])
+def test_a_run_without_numbers_has_a_report(make_store: Make, found: list[Record]) -> None:
+    store = make_store(found)
+    paths = build_report(store, store.folder / "report")
+    Page(paths["html"].read_text())
+    assert not any(name.startswith("figure") for name in paths)
+    if found and found[0].failure:
+        assert "boom" in paths["md"].read_text()
+        assert "boom" in paths["html"].read_text()
+
+
+def test_the_same_records_give_the_same_bytes(make_store: Make, records: list[Record]) -> None:
+    def digest(store: Store) -> dict[str, bytes]:
+        build_report(store, store.folder / "report")
+        files = (f for f in store.folder.rglob("*") if f.suffix in (".png", ".pdf", ".csv", ".md"))
+        return {str(f.relative_to(store.folder)): f.read_bytes() for f in files if "chunks" not in f.parts}
+
+    first, second = digest(make_store(records, "a")), digest(make_store(records[::-1], "b"))
+    assert first.keys() == second.keys()
+    different = [name for name in first if first[name] != second[name]]
+    assert different == []
+
+
+# --- numbers --------------------------------------------------------------------------------------------------------
+
+
+def primary_rows(rows: list[list[str]]) -> Iterator[tuple[str, int, str]]:
+    """(method, NFE, text) of a methods x NFE table."""
+    budgets = [int(name.removeprefix("NFE ")) for name in rows[0][1:]]
+    for row in rows[1:]:
+        for nfe, text in zip(budgets, row[1:], strict=True):
+            yield row[0], nfe, text
+
+
+def check_primary(rows: list[list[str]]) -> None:
+    cells = {(method, nfe): text for method, nfe, text in primary_rows(rows)}
+    for method, (values, _) in METHODS.items():
+        for nfe, fd in zip((5, 10, 20), values, strict=True):
+            if (method, nfe) != ("heun", 5):
+                value, half = cells[method, nfe].rstrip("†").split(" ± ")
+                assert float(value) == pytest.approx(fd, abs=0.05 * (0.03 * fd + 0.02))
+                assert float(half) == pytest.approx(0.03 * fd + 0.02, rel=0.05)
+                assert cells[method, nfe].endswith("†") == (method == "ddim")
+    assert cells["heun", 5] == "error"
+    assert cells["faster-diffusion(keys=uniform:4)", 10] == "not supported"
+    assert cells["floor at N = 4096", 5] == "0.420 ± 0.013"
+
+
+def md_rows(text: str, heading: str) -> list[list[str]]:
+    lines = text.split(heading)[1].split("\n\n")[1].strip().split("\n")
+    cells = [[c.strip().strip("`*") for c in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+    return [cells[0], *cells[2:]]
+
+
+def test_markdown_has_the_numbers_of_the_records(paths: dict[str, Path]) -> None:
+    text = paths["md"].read_text()
+    check_primary(md_rows(text, "**fd@fashion64 ↓, guidance 1, N = 4096**"))
+    assert f"† {NOTE}" in text
+    assert "**4.90 ± 0.17**" in text  # the best of its column
+    assert "budget 5, spent 6" in text
+    assert "not supported: needs split" in text
+    assert "ab" * 32 in text
+    assert "generation.noise: philox" in text
+    timings = md_rows(text, "**Latency of whole sampling calls on cpu x86\\_64 AVX512, 1 thread, batch 64**")
+    assert timings[1][:3] == ["ddim", "5", "0.766"]
+
+
+def test_markdown_links_files_that_exist(paths: dict[str, Path]) -> None:
+    links = re.findall(r"\]\(([^)]+)\)", paths["md"].read_text())
+    assert len(links) == 4
+    assert all((paths["md"].parent / link).is_file() for link in links)
+
+
+def test_html_has_the_numbers_of_the_records(paths: dict[str, Path]) -> None:
+    page = Page(paths["html"].read_text())
+    check_primary(page.tables[0])
+    text = paths["html"].read_text()
+    assert 'data-value="28.4"' in text
+    assert "budget 5, spent 6" in text
+    assert "not supported: needs split" in text
+    assert "second line" not in text
+    assert "/secret/path" not in text
+
+
+def test_every_seed_is_averaged_and_every_guidance_has_its_table(make_store: Make) -> None:
+    found = [r for g in (1.0, 3.0) for s in (0, 1) for r in make_records(guidance=g, seed=s)]
+    store = make_store(found)
+    text = build_report(store, store.folder / "report")["md"].read_text()
+    for guidance in (1, 3):
+        check = md_rows(text, f"**fd@fashion64 ↓, guidance {guidance}, N = 4096, mean of seeds 0, 1**")
+        assert ("unipc", 20, "0.550 ± 0.026") in list(primary_rows(check))
+
+
+def test_numbers_of_different_n_never_share_a_table(make_store: Make) -> None:
+    store = make_store([quality("ddim", 10, 2.0), quality("heun", 10, 1.0, samples=1024)])
+    page = Page(build_report(store, store.folder / "report")["html"].read_text())
+    methods = [{row[0] for row in table[1:]} for table in page.tables[:2]]
+    assert methods == [{"ddim", "floor at N = 4096"}, {"heun", "floor at N = 1024"}]
+
+
+# --- safety ---------------------------------------------------------------------------------------------------------
+
+
+def test_text_from_outside_is_inert_in_html(hostile: dict[str, Path]) -> None:
+    text = hostile["html"].read_text()
+    page = Page(text)
+    assert [tag for tag, _ in page.tags].count("script") == 1
+    assert "<script>document.title" not in text
+    assert "onerror" not in {name for _, attributes in page.tags for name in attributes}
+    assert any(row and row[0] == HOSTILE for table in page.tables for row in table)
+
+
+def test_text_from_outside_is_inert_in_markdown(hostile: dict[str, Path]) -> None:
+    text = hostile["md"].read_text()
+    assert "<script" not in text
+    assert "<img" not in text
+    rows = md_rows(text, "**fd@fashion64 ↓, guidance 1, N = 4096**")
+    assert {len(row) for row in rows} == {3}
+
+
+def test_html_needs_nothing_from_elsewhere(paths: dict[str, Path]) -> None:
+    page = Page(paths["html"].read_text())
+    for tag, attributes in page.tags:
+        for name in ("src", "href", "action", "data", "srcset"):
+            target = attributes.get(name)
+            assert target is None or target.startswith(("data:image/png;base64,", "#")), (tag, name)
+        assert tag != "link"
+    assert "@import" not in paths["html"].read_text()
+    assert "url(" not in paths["html"].read_text()
+
+
+def test_html_can_be_read_without_eyes_and_mouse(paths: dict[str, Path]) -> None:
+    page = Page(paths["html"].read_text())
+    images = [attributes for tag, attributes in page.tags if tag == "img"]
+    assert len(images) == 4
+    assert all(len(image["alt"] or "") > 20 for image in images)
+    assert all("scope" in attributes for tag, attributes in page.tags if tag == "th")
+    tags = [tag for tag, _ in page.tags]
+    assert tags.count("caption") == tags.count("table") == len(page.tables)
+
+
+# --- in a browser ---------------------------------------------------------------------------------------------------
+
+CHROMIUM = next(
+    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), ""
+)
+needs_chromium = pytest.mark.skipif(not CHROMIUM, reason="needs chromium: apt-get install chromium")
+
+
+def run_in_browser(page: str, script: str, folder: Path) -> Any:
+    """What `script` leaves in `result` after the page has loaded in an iframe as wide as a phone."""
+    shown = json.dumps(page).replace("</", "<\\/")
+    (folder / "hook.html").write_text(
+        f"""<!doctype html><meta charset="utf-8"><iframe style="width:390px;height:800px"></iframe><pre id="out"></pre>
+<script>
+const frame = document.querySelector("iframe");
+frame.onload = () => {{
+  const doc = frame.contentDocument;
+  let result;
+  {script}
+  document.getElementById("out").textContent = JSON.stringify(result);
+}};
+frame.srcdoc = {shown};
+</script>""",
+        encoding="utf-8",
+    )
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000"]
+    command += [f"--user-data-dir={folder / 'profile'}", "--dump-dom", f"file://{folder / 'hook.html'}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    found = re.search(r'<pre id="out">(.*?)</pre>', done.stdout, re.DOTALL)
+    assert found, done.stdout[-500:]
+    return json.loads(html.unescape(found.group(1)))
+
+
+SORT = """
+const table = [...doc.querySelectorAll("table.sortable")].find((t) => t.tHead.textContent.includes("precision"));
+const heading = [...table.tHead.rows[0].cells].find((c) => c.textContent.includes("kd@"));
+const button = heading.querySelector("button");
+const column = () => [...table.tBodies[0].rows].map((r) => r.cells[heading.cellIndex].dataset.value ?? null);
+result = {focusable: button.tabIndex >= 0, before: heading.getAttribute("aria-sort")};
+button.click();
+result.up = [heading.getAttribute("aria-sort"), column()];
+button.click();
+result.down = [heading.getAttribute("aria-sort"), column()];
+table.tHead.rows[0].cells[0].querySelector("button").click();
+result.names = [...table.tBodies[0].rows].map((r) => r.cells[0].textContent);
+result.marks = table.querySelectorAll("th[aria-sort]").length;
+result.foot = table.tFoot.textContent.includes("floor");
+"""
+
+
+@needs_chromium
+def test_tables_sort_by_value_with_missing_ones_last(paths: dict[str, Path], tmp_path: Path) -> None:
+    result = run_in_browser(paths["html"].read_text(), SORT, tmp_path)
+    assert result["focusable"]
+    assert result["before"] is None
+    for name, direction, sign in (("up", "ascending", 1), ("down", "descending", -1)):
+        mark, column = result[name]
+        values = [float(v) for v in column if v is not None]
+        assert mark == direction
+        assert [sign * v for v in values] == sorted(sign * v for v in values)
+        assert len(values) == 11
+        assert column[len(values) :] == [None, None]
+    assert result["names"] == sorted(result["names"])
+    assert result["marks"] == 1
+    assert result["foot"]
+
+
+@needs_chromium
+def test_a_phone_needs_no_sideways_scrolling(make_store: Make, tmp_path: Path) -> None:
+    name = "a-very-long-method-name(" + "option=value," * 12 + ")"
+    store = make_store([*make_records(), quality(name, 10, 3.0)])
+    page = build_report(store, store.folder / "report")["html"].read_text()
+    script = "result = [doc.documentElement.scrollWidth, doc.documentElement.clientWidth, doc.title];"
+    width, window, title = run_in_browser(page, script, tmp_path)
+    assert 300 < width <= window <= 390
+    assert title == "fashion-synthetic – evalbench report"
+
+
+@needs_chromium
+def test_a_script_in_a_method_name_does_not_run(hostile: dict[str, Path], tmp_path: Path) -> None:
+    script = "result = [doc.title, doc.body.textContent.includes(\"document.title='owned'\")];"
+    title, shown = run_in_browser(hostile["html"].read_text(), script, tmp_path)
+    assert title.startswith("fashion-synthetic")
+    assert shown
+
+
+def test_no_word_that_claims_belong_to(paths: dict[str, Path]) -> None:
+    for name in ("md", "html"):
+        assert not re.search(r"reproduced|contradicted", paths[name].read_text(), re.IGNORECASE)

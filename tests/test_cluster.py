@@ -1,0 +1,81 @@
+"""Ray with real processes: the same bits as serial, dying workers, plug-ins that travel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support import MISBEHAVING, request, run_serial, small_suite
+
+from evalbench import runner
+from evalbench.cluster import RayExecutor
+from evalbench.report import build_report
+from evalbench.store import Store
+
+
+@pytest.fixture(scope="module")
+def ray_two() -> Iterator[RayExecutor]:
+    """Two actors for the whole module: starting Ray takes longer than any test here."""
+    executor = RayExecutor(workers=2)
+    yield executor
+    executor.shutdown()
+
+
+def _table(folder: Path) -> bytes:
+    store = Store(folder)
+    build_report(store, folder / "report", ("csv",))
+    return (folder / "table.csv").read_bytes()
+
+
+METHODS = ["ddim", "unipc", "ddim(eta=1)"]
+
+
+def test_two_workers_give_the_bytes_of_serial(ray_two: RayExecutor, tmp_path: Path) -> None:
+    wanted = request(small_suite(), METHODS, [3, 6], guidance=(1.0, 2.0))
+    runner.run(wanted, tmp_path / "ray", lambda: ray_two)
+    run_serial(wanted, tmp_path / "serial")
+    assert _table(tmp_path / "ray") == _table(tmp_path / "serial")
+    chunks = sorted(file.relative_to(tmp_path / "serial") for file in (tmp_path / "serial").rglob("*.npz"))
+    assert chunks
+    for chunk in chunks:
+        ours, theirs = tmp_path / "ray" / chunk, tmp_path / "serial" / chunk
+        assert _arrays(ours) == _arrays(theirs), chunk
+
+
+def _arrays(file: Path) -> dict[str, bytes]:
+    import numpy as np
+
+    with np.load(file) as content:
+        return {name: content[name].tobytes() for name in content.files if name != "facts"}
+
+
+def test_a_dying_worker_is_an_error_row_and_the_rest_is_complete(ray_two: RayExecutor, tmp_path: Path) -> None:
+    wanted = request(small_suite(), ["kills-worker", "ddim"], plugins={"bad.py": MISBEHAVING})
+    records = runner.run(wanted, tmp_path, lambda: ray_two)
+    rows = {record.cell.method: record for record in records}
+    assert rows["kills-worker"].status == "error"
+    assert "worker died 3 times" in rows["kills-worker"].failure.message  # type: ignore[union-attr]
+    assert rows["ddim"].status == "ok"
+
+
+def test_latency_runs_on_a_worker(ray_two: RayExecutor, tmp_path: Path) -> None:
+    wanted = request(small_suite(), ["ddim"], [2], measure=frozenset({"latency"}), latency_rounds=2)
+    (record,) = runner.run(wanted, tmp_path, lambda: ray_two)
+    assert record.latency is not None
+    assert record.latency.threads == 1
+
+
+@pytest.mark.slow
+def test_one_worker_gives_the_same_table_as_two(tmp_path: Path) -> None:
+    import subprocess
+    import sys
+
+    evalbench = str(Path(sys.executable).with_name("evalbench"))
+    tables = []
+    for how in (["--workers", "1"], ["--workers", "2"], ["--serial"]):
+        out = tmp_path / how[-1]
+        command = [evalbench, "run", "fashion-mixture", "--methods", "ddim,unipc", "--nfe", "5,10"]
+        subprocess.run([*command, "--samples", "256", "--out", str(out), *how], check=True, capture_output=True)
+        tables.append((out / "table.csv").read_bytes())
+    assert tables[0] == tables[1] == tables[2]

@@ -1,0 +1,140 @@
+"""What every registered method must keep, asked of the registry: budgets, guidance, and bits that depend on the
+sample alone. (Orders and agreement with diffusers are in tests/methods/.)
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import pytest
+import torch
+from support import small_suite
+
+from evalbench import registry, worker
+from evalbench.cost.ledger import Ledger
+from evalbench.errors import Unsupported
+from evalbench.interfaces import Solver, Wrap
+from evalbench.runner import make_cell
+from evalbench.spec import Suite, load_suite
+
+BUDGETS = range(1, 21)
+# Settings that change what a method computes or spends, beside the defaults of every registered one.
+VARIANTS = [
+    "ddim(eta=0.7)",
+    "heun(S_churn=2)",
+    "dpm-solver(order=2)",
+    "dpm-solver(order=3,algorithm=multistep)",
+    "dpm-solver++(order=3)",
+    "dpm-solver++(order=3,d2=taylor)",
+    "dpm-solver++(algorithm=singlestep)",
+    "dpm-solver++(algorithm=sde)",
+    "dpm-solver++(lower_order_final=false)",
+    "unipc(order=3)",
+    "unipc(variant=bh1)",
+    "deis(space=rho)",
+    "ipndm(variable_step=true)",
+    "diffusers:DDIMScheduler",
+    "diffusers:DPMSolverMultistepScheduler",
+    "diffusers:EulerAncestralDiscreteScheduler",
+]
+SUITES = ["gmm-smooth", "gmm-smooth-edm", "gmm-smooth-flow"]
+
+
+def _methods() -> list[str]:
+    plain = [name for name in registry.names("method") if not name.endswith(":*")]
+    solvers = [name for name in plain if issubclass(registry.get("method", name), Solver)]
+    wraps = [f"ddim+{name}" for name in plain if issubclass(registry.get("method", name), Wrap)]
+    return [*solvers, *wraps, *VARIANTS]
+
+
+@lru_cache
+def _setup(suite_name: str) -> worker.Setup:
+    return worker._build(small_suite(suite_name))
+
+
+def _sample(
+    suite: str, method: str, nfe: int, indices: list[int], guidance: float = 1.0, classes: bool = True
+) -> tuple[torch.Tensor, Ledger]:
+    setup = _setup(suite)
+    cell = make_cell(setup.suite, method, nfe, guidance, seed=3)
+    cond = worker.conditions(setup.suite, setup.model, indices, setup.device)
+    ledger = Ledger(len(indices), budget=nfe)
+    return worker.sample(setup, registry.build_method(method), cell, indices, cond, ledger), ledger
+
+
+@pytest.mark.parametrize("suite", SUITES)
+@pytest.mark.parametrize("method", _methods())
+def test_every_budget_is_kept_or_clearly_refused(suite: str, method: str) -> None:
+    spent, refused = {}, []
+    for nfe in BUDGETS:
+        try:
+            x, ledger = _sample(suite, method, nfe, [0, 1, 2])
+        except Unsupported as refusal:
+            refused.append(str(refusal))
+            continue
+        assert torch.isfinite(x).all(), f"NFE {nfe}"
+        assert 0 < ledger.nfe.max() <= nfe
+        spent[nfe] = ledger.nfe.max()
+    assert all(reason.strip() for reason in refused), "a refusal says why"
+    if not method.startswith("diffusers:"):
+        assert set(spent) == set(BUDGETS), "methods of our own take any budget"
+        assert spent[20] >= 19, "a budget is used"
+
+
+@pytest.mark.parametrize("method", _methods())
+@pytest.mark.parametrize("scale", [1.5, 4.0])
+def test_guidance_doubles_the_rows_and_changes_the_samples(method: str, scale: float) -> None:
+    plain, _ = _sample("gmm-smooth", method, 8, [0, 1, 2])
+    guided, ledger = _sample("gmm-smooth", method, 8, [0, 1, 2], guidance=scale)
+    assert torch.isfinite(guided).all()
+    if "cfg" in method:  # a method that guides itself replaces the suite's guidance
+        assert torch.equal(plain, guided)
+        return
+    np.testing.assert_array_equal(ledger.evals["base"], 2 * ledger.nfe)
+    assert not torch.allclose(plain, guided)
+
+
+@pytest.mark.parametrize("method", _methods())
+def test_a_sample_has_the_same_bits_at_any_place_in_the_batch(method: str) -> None:
+    indices = list(range(12))
+    shuffled = [7, 3, 11, 0, 5, 9, 1, 8, 2, 10, 4, 6]
+    straight, _ = _sample("gmm-smooth", method, 9, indices)
+    moved, _ = _sample("gmm-smooth", method, 9, shuffled)
+    assert torch.equal(straight[shuffled], moved)
+
+
+@pytest.mark.parametrize("method", _methods())
+def test_another_batch_size_changes_rounding_only(method: str) -> None:
+    together, _ = _sample("gmm-smooth", method, 9, list(range(12)))
+    alone, _ = _sample("gmm-smooth", method, 9, [7])
+    torch.testing.assert_close(together[7:8], alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["ddim", "heun", "dpm-solver++", "unipc", "ddpm"])
+def test_bits_on_the_image_model_do_not_depend_on_the_place(method: str) -> None:
+    suite: Suite = load_suite("fashion-mixture").override(batch=64)
+    setup = worker._build(suite)
+    chain, cell = registry.build_method(method), make_cell(suite, method, 5, 1.0, 0)
+    indices, order = np.arange(64), np.random.Generator(np.random.Philox(key=1)).permutation(64)
+
+    def samples(which: np.ndarray) -> torch.Tensor:
+        cond = worker.conditions(suite, setup.model, which.tolist(), setup.device)
+        return worker.sample(setup, chain, cell, which.tolist(), cond, Ledger(64, 5))
+
+    assert torch.equal(samples(indices)[order], samples(order))
+
+
+@pytest.mark.parametrize(
+    "method", [m for m in _methods() if "eta=" in m or m in ("ddpm", "dpm-solver++(algorithm=sde)")]
+)
+def test_seeds_are_different_samples_and_one_seed_the_same(method: str) -> None:
+    setup = _setup("gmm-smooth")
+    cond = worker.conditions(setup.suite, setup.model, [0, 1], setup.device)
+
+    def run(seed: int) -> torch.Tensor:
+        cell = make_cell(setup.suite, method, 6, 1.0, seed)
+        return worker.sample(setup, registry.build_method(method), cell, [0, 1], cond, Ledger(2, 6))
+
+    assert torch.equal(run(0), run(0))
+    assert not torch.allclose(run(0), run(1))
