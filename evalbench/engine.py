@@ -19,6 +19,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NewType, TypeAlias
 
 import numpy as np
@@ -302,7 +303,12 @@ def exponential_weights(path: Path, s: float, t: float, nodes: Sequence[float], 
 
 Space: TypeAlias = Literal["t", "rho", "logrho"]
 SPACES: tuple[Space, ...] = ("t", "rho", "logrho")
-_QUADRATURE = 64  # nodes; the integrands are smooth in lambda
+
+
+@cache
+def _gauss_legendre() -> tuple[np.ndarray, np.ndarray]:
+    """64 nodes on [-1, 1] and their weights; the integrands are smooth in lambda."""
+    return np.polynomial.legendre.leggauss(64)
 
 
 def polynomial_weights(
@@ -324,7 +330,7 @@ def polynomial_weights(
         return rho if space == "rho" else np.log(rho)
 
     lam_s, lam_t = path.lam(s), path.lam(t)
-    u, weights = np.polynomial.legendre.leggauss(_QUADRATURE)
+    u, weights = _gauss_legendre()
     lam = lam_s + 0.5 * (u + 1.0) * (lam_t - lam_s)
     # d rho = -e^{-lambda} d lambda
     d_rho = -np.exp(-lam) * 0.5 * (lam_t - lam_s) * weights

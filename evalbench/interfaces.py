@@ -245,9 +245,10 @@ class Extractor(Registered, ABC):
     def __call__(self, batch: SampleBatch) -> torch.Tensor:
         """(B, ...) features or scores."""
 
-    def fingerprint(self) -> str:
-        """What makes its numbers comparable: weights digest and recipe; part of the protocol."""
-        return f"{self.name}/{self.version}"
+    @classmethod
+    def fingerprint(cls) -> str:
+        """What makes its numbers comparable: weights digest and recipe; part of the protocol. Loads no network."""
+        return f"{cls.name}/{cls.version}"
 
 
 @dataclass(frozen=True)

@@ -246,6 +246,13 @@ def build_metric(metric_id: str) -> Metric[Any]:
     return metric
 
 
+def extractor_fingerprint(name: str) -> str:
+    """Weights digest and recipe of an extractor, without loading its network."""
+    cls = get("extractor", name)
+    assert issubclass(cls, Extractor)
+    return cls.fingerprint()
+
+
 def build_extractor(name: str) -> Extractor:
     """The extractor of a name, with its weights loaded."""
     cls = get("extractor", name)

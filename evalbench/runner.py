@@ -234,6 +234,7 @@ class _Loop:
         self._references: dict[str, Parts | None] = {}
         self._failed: dict[str, ChunkFailure] = {}
         self._seconds: dict[str, float] = {}
+        self._fingerprints: dict[str, str] = {}
 
     @cached_property
     def executor(self) -> Executor:
@@ -291,16 +292,17 @@ class _Loop:
         return record.protocol == protocol and (record.status == "unsupported" or wanted <= known)
 
     def _missing_chunks(self, cell: Cell) -> list[Chunk]:
-        parts = set(self.plan.parts[cell.id])
-        if self.plan.request.save_samples:
-            parts.add("images")
-        return [chunk for chunk in self.plan.chunks(cell) if not self._is_there(chunk, parts)]
+        features = {name: self._fingerprint(name) for name in self.plan.parts[cell.id]}
+        return [chunk for chunk in self.plan.chunks(cell) if not self._is_there(chunk, features)]
 
-    def _is_there(self, chunk: Chunk, parts: set[str]) -> bool:
+    def _is_there(self, chunk: Chunk, features: Mapping[str, str]) -> bool:
+        """Whether a chunk can be used: made in this fingerprint class, with these very feature networks."""
         facts = self.store.chunk_facts(chunk)
         if facts is None or facts["environment"]["class"] != self.environment["class"]:
-            return False  # a cell's chunks come from one fingerprint class
-        return parts <= set(facts["arrays"]) and (not self.plan.request.save_samples or facts["all_images"] is True)
+            return False
+        if self.plan.request.save_samples and not facts["all_images"]:
+            return False
+        return features.items() <= facts["features"].items()
 
     def _jobs(self, waiting: Mapping[str, list[Chunk]]) -> Iterator[Job]:
         request = self.plan.request
@@ -384,13 +386,25 @@ class _Loop:
             "seed": cell.seed,
             "references": {key: ref.sha256 or "model" for key, ref in suite.references.items()},
             "solution": suite.solution.model_dump() if suite.solution else None,
-            "features": self._fingerprints,
+            "features": self._protocol_features,
             "allow_small_n": self.plan.request.allow_small_n,
         }
 
     @cached_property
-    def _fingerprints(self) -> dict[str, str]:
-        return {name: registry.build_extractor(name).fingerprint() for name in parts_of(self.plan.metrics)}
+    def _protocol_features(self) -> dict[str, str]:
+        """Feature networks of all the suite's metrics, so that a run with `--metrics` stays comparable with one without.
+
+        Networks that cannot be had here are left out, and so are their metrics.
+        """
+        facts = self.plan.request.suite.metrics
+        suites = [registry.build_metric(metric_id) for metric_id in (*facts.names, *facts.optional)]
+        names = parts_of([*suites, *self.plan.metrics])
+        return {name: self._fingerprint(name) for name in names if not registry.get("extractor", name).missing()}
+
+    def _fingerprint(self, name: str) -> str:
+        if name not in self._fingerprints:
+            self._fingerprints[name] = registry.extractor_fingerprint(name)
+        return self._fingerprints[name]
 
     # --- latency ---
 

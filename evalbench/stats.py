@@ -90,9 +90,7 @@ def quantile_interval(values: np.ndarray, q: float, level: float = 0.95) -> Inte
 
     ordered, tail = np.sort(values), (1 - level) / 2
     n = len(ordered)
-    low = int(binom.ppf(tail, n, q))  # the largest l, 1-based, with P(B < l) <= tail, up to equality
-    if binom.cdf(low, n, q) <= tail:
-        low += 1
+    low = int(binom.ppf(tail, n, q))  # the largest l, 1-based, with P(B < l) < tail
     high = int(binom.ppf(1 - tail, n, q)) + 1  # the smallest u with P(B >= u) <= tail
     if low < 1 or high > n:
         return None

@@ -25,7 +25,7 @@ from evalbench.cost.ledger import Ledger
 from evalbench.denoiser import Field, NetworkDoor
 from evalbench.errors import BadSamples, Unsupported, UserError
 from evalbench.interfaces import Cond, Denoiser, Extractor, Model, Parts, SampleBatch
-from evalbench.metrics.images import to_uint8
+from evalbench.metrics.images import check_images, to_uint8
 from evalbench.noise import NoiseSource
 from evalbench.paths import Path as NoisePath
 from evalbench.paths import make_path
@@ -78,7 +78,11 @@ def run_job(job: Job) -> ChunkResult | ChunkFailure:
         arrays = _compute(job, setup)
     except Exception as error:  # whatever a method raises is that cell's record
         return ChunkFailure(job, _failure(error), isinstance(error, Unsupported))
-    facts = {"seconds": time.perf_counter() - started, "environment": environment.describe(setup.device)}
+    facts = {
+        "seconds": time.perf_counter() - started,
+        "environment": environment.describe(setup.device),
+        "features": {name: registry.extractor_fingerprint(name) for name in job.parts},
+    }
     return ChunkResult(job, arrays, facts)
 
 
@@ -221,16 +225,13 @@ def _check_shape(x: Any, x_T: torch.Tensor, chain: Chain) -> None:
 
 def _check(batch: SampleBatch, keep: int) -> None:
     """A bad sample is an error of the cell, never silently dropped."""
-    bad = int((~torch.isfinite(batch.x[:keep])).flatten(1).any(1).sum())
+    x = batch.x[:keep]
+    if batch.images is not None:
+        check_images(batch.images[:keep], x)
+        return
+    bad = int((~torch.isfinite(x)).flatten(1).any(1).sum())
     if bad:
         raise BadSamples(f"{bad} of {keep} samples hold NaN or infinity")
-    if batch.images is not None:
-        flat = batch.images[:keep].flatten(1)
-        constant = int((flat == flat[:, :1]).all(1).sum())
-        if constant:
-            raise BadSamples(f"{constant} of {keep} images are constant")
-        if keep > 1 and len(torch.unique(flat, dim=0)) < keep:
-            raise BadSamples(f"{keep - len(torch.unique(flat, dim=0))} of {keep} images are duplicates")
 
 
 def _counts(ledger: Ledger, keep: int) -> dict[str, np.ndarray]:

@@ -35,6 +35,7 @@ ARROWS: dict[str, set[str]] = {
     "denoiser": {"registry", "cost.ledger", "cost.flops"},
     "cost": {"denoiser", "stats", "environment"},
     "models": {"registry", "denoiser", "models.nets"},
+    "models.references": {"models", "metrics", "models.nets"},  # a script that makes what suites refer to
     "metrics": {"registry", "stats", "models.nets"},
     "store": {"spec"},
     "reduce": {"metrics", "store", "stats"},
@@ -44,7 +45,8 @@ ARROWS: dict[str, set[str]] = {
     "cluster": {"worker"},
     "runner": {"cluster", "worker", "reduce", "store"},
 }
-LEAVES = {"cost.ledger", "cost.flops", "models.nets"}  # components of their own inside a package that stands higher
+# Components of their own inside a package that stands higher or lower.
+LEAVES = {"cost.ledger", "cost.flops", "models.nets", "models.references"}
 # The command line chooses the executor and hands it to the runner; it computes nothing itself.
 CLI_MAY_NOT = {"worker", "denoiser", "engine"}
 METHODS_MAY = {"interfaces", "paths", "engine", "registry", "noise", "errors"}

@@ -115,9 +115,10 @@ class _NetworkExtractor(Extractor):
             return f"features '{cls.name}': {error}"
         return ""
 
-    def fingerprint(self) -> str:
-        digest = _nets().weights_sha256(self.weights)
-        return f"{self.name}/{self.version} sha256:{digest} float32 batch {BATCH}"
+    @classmethod
+    def fingerprint(cls) -> str:
+        digest = _nets().weights_sha256(cls.weights)
+        return f"{cls.name}/{cls.version} sha256:{digest} float32 batch {BATCH}"
 
     def images(self, batch: SampleBatch) -> torch.Tensor:
         """The uint8 images (B, C, H, W) of a batch."""
@@ -204,10 +205,8 @@ class TinyFashion(_NetworkExtractor):
 
     def _image_vectors(self, images: torch.Tensor) -> torch.Tensor:
         pixels = images.float() / 255
-        mean, std = (
-            pixels.new_tensor(numbers).view(-1, 1, 1)
-            for numbers in (self._model.visual.image_mean, self._model.visual.image_std)
-        )
+        recipe = self._model.visual.preprocess_cfg
+        mean, std = (pixels.new_tensor(recipe[key]).view(-1, 1, 1) for key in ("mean", "std"))
         pixels = (pixels.expand(-1, len(mean), -1, -1) - mean) / std  # (B, 3, H, W), grey images too
         vectors: torch.Tensor = self._model.encode_image(pixels, normalize=True)
         return vectors

@@ -72,4 +72,4 @@ class ModeCoverage(Metric[Counts]):
         interval = normal_interval(value, se)
         missing = np.flatnonzero((counts == 0) & (n * weights >= _EXPECTED))
         note = f"missing modes: {', '.join(map(str, missing))}" if len(missing) else ""
-        return Value(value, n, se, interval.low, interval.high, note=note)
+        return Value(value, n, se, max(0.0, interval.low), min(1.0, interval.high), note=note)

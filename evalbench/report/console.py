@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -14,7 +15,7 @@ from evalbench.report.text import MISSING, number
 from evalbench.report.view import Block, Row, Trouble, blocks, floor_text, troubles
 from evalbench.spec import Record, Suite
 
-_SECONDARY = 3  # more do not fit beside the names at 100 columns; table.csv has all
+_NAME = 28  # characters of a method's name beside the other metrics; the rest folds
 _DETAILED = 2  # with more blocks the other metrics are left to the report
 _WORDS = {"error": "error", "unsupported": "not supp.", "ok": "no value"}
 
@@ -28,7 +29,7 @@ def print_table(records: Sequence[Record], suite: Suite, console: Console) -> No
         for note, mark in block.marks.items():
             console.print(Text(f"{mark} {note}", style="dim"))
         if len(found) <= _DETAILED:
-            console.print(_details(block, suite, latency))
+            console.print(_fitting(block, suite, latency, console))
     if len(found) > _DETAILED:
         console.print(Text("other metrics and costs: table.csv and the report", style="dim"))
     _print_troubles(troubles(records), console)
@@ -36,7 +37,7 @@ def print_table(records: Sequence[Record], suite: Suite, console: Console) -> No
 
 def _primary(block: Block, suite: Suite) -> Table:
     metric = suite.metrics.primary
-    table = _table(f"{block.heading(metric)}   {suite.name} v{suite.version}, {block.title}")
+    table = _table(f"{block.heading(metric)}  {suite.name} v{suite.version}, {block.title}")
     table.add_column("method", overflow="fold")
     for nfe in block.budgets:
         table.add_column(f"NFE {nfe}", justify="right", no_wrap=True)
@@ -59,14 +60,21 @@ def _cell(block: Block, metric: str, row: Row | None, best: Row | None) -> Text:
     return Text(f"{found}{block.mark(found)}", style="bold" if row is best else "")
 
 
-def _details(block: Block, suite: Suite, latency: Mapping[str, float]) -> Table:
+def _fitting(block: Block, suite: Suite, latency: Mapping[str, float], console: Console) -> Table:
+    """The details with as many metrics as the console is wide."""
     others = [name for name in block.metrics if name != suite.metrics.primary]
-    shown, hidden = others[:_SECONDARY], others[_SECONDARY:]
-    table = _table(f"other metrics and costs{f'; {len(hidden)} more metrics in table.csv' if hidden else ''}")
-    table.add_column("method", overflow="fold")
+    tables = [_details(block, others[:n], len(others) - n, latency) for n in range(len(others), -1, -1)]
+    options = console.options.update(max_width=1000)
+    fits = (table for table in tables if Measurement.get(console, options, table).maximum <= console.width)
+    return next(fits, tables[-1])
+
+
+def _details(block: Block, shown: Sequence[str], hidden: int, latency: Mapping[str, float]) -> Table:
+    table = _table(f"other metrics and costs{f'; {hidden} more in table.csv' if hidden else ''}")
+    table.add_column("method", overflow="fold", max_width=_NAME)
     table.add_column("NFE", justify="right")
     for metric in shown:
-        table.add_column(Text(block.heading(metric).replace("@", "\n@", 1)), justify="right", no_wrap=True)
+        table.add_column(Text(block.direction(metric).replace("@", "\n@", 1)), justify="right", no_wrap=True)
     for name in ("used", "cost", *(["ms/image"] if latency else [])):
         table.add_column(name, justify="right", no_wrap=True)
     for method in block.methods:

@@ -212,14 +212,20 @@ def draw(chart: Chart) -> Figure:
 
 def _draw_panel(axes: Axes, chart: Chart, panel: str, methods: Sequence[str]) -> None:
     found = chart.points[chart.points["panel"] == panel]
-    width = 90 if len(chart.panels) == 1 else 40
-    axes.set_title("\n".join(textwrap.fill(line, width) for line in chart.titles[panel].split("\n")), loc="left")
-    axes.set_ylabel(chart.y_labels[panel])
+    axes.set_title(_folded(chart.titles[panel], 90 if len(chart.panels) == 1 else 40), loc="left")
+    axes.set_ylabel(_folded(chart.y_labels[panel], 40))
     _scale(axes, found, chart, chart.floors[panel][1] if panel in chart.floors else None)
     for i, method in enumerate(methods):
         _draw_line(axes, found[found["method"] == method].sort_values("nfe"), i, chart.along_nfe)
     if panel in chart.floors:
         _draw_floor(axes, *chart.floors[panel])
+
+
+def _folded(text: str, width: int) -> str:
+    """Text in lines of at most `width`; a unit that does not fit gets a line of its own."""
+    lines = [part for line in text.split("\n") for part in (line.split(" [") if len(line) > width else [line])]
+    marked = [line if "]" not in line or "[" in line else f"[{line}" for line in lines]
+    return "\n".join(textwrap.fill(line, width) for line in marked)
 
 
 def _draw_line(axes: Axes, points: pd.DataFrame, index: int, along_nfe: bool) -> None:

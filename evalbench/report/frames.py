@@ -23,6 +23,7 @@ _WHOLE = ("nfe", "seed", "samples")
 _TEXT = ("suite", "method", "status", "protocol", "error", "cell", "device", "synchronised")
 _LATENCY = ("median", "p10", "p90", "p99")
 _FIT_GROUP = ["suite", "guidance", "method", "device", "threads", "batch"]
+_LEAST_POINTS = 3
 _FIT_COLUMNS = (
     *_FIT_GROUP,
     "points",
@@ -82,11 +83,14 @@ def timings_frame(records: Iterable[Record]) -> pd.DataFrame:
 
 
 def latency_fits(timings: pd.DataFrame) -> pd.DataFrame:
-    """Robust line through the median call milliseconds over measured NFE, per method and hardware."""
+    """Robust line through the median call milliseconds over measured NFE, per method and hardware.
+
+    Two points fit any line, so a method has one from three different NFE on.
+    """
     timed = timings.dropna(subset=["call_median_ms", "nfe_measured"])
     rows = []
     for group, found in timed.groupby(_FIT_GROUP, sort=True):
-        if found["nfe_measured"].nunique() > 1:
+        if found["nfe_measured"].nunique() >= _LEAST_POINTS:
             line = line_fit(found["nfe_measured"].to_numpy(float), found["call_median_ms"].to_numpy(float))
             numbers = (len(found), line.slope, line.slope_low, line.slope_high, line.intercept, line.r2)
             rows.append((*group, *numbers))

@@ -143,10 +143,14 @@ class Block:
         """A fact of the metric, as the records carry it."""
         return next((value.unit for value in self._values(metric) if value.unit), "")
 
+    def direction(self, metric: str) -> str:
+        """The metric and which way is better: `fd@fashion64 ↓`."""
+        return f"{metric} {'↑' if self.higher_is_better(metric) else '↓'}"
+
     def heading(self, metric: str) -> str:
-        """The metric with its unit and direction: `fd@fashion64 ↓`."""
+        """The metric with direction and unit: `paired-p90@identity ↓ [RMS per coordinate]`."""
         unit = f" [{self.unit(metric)}]" if self.unit(metric) else ""
-        return f"{metric}{unit} {'↑' if self.higher_is_better(metric) else '↓'}"
+        return f"{self.direction(metric)}{unit}"
 
     def _values(self, metric: str) -> list[MetricValue]:
         return [r.metrics[metric] for row in self.rows for r in row.records if metric in r.metrics]

@@ -189,8 +189,9 @@ def _steps_for(solver: DiffusersScheduler, path: Path, nfe: int, ndim: int) -> t
 
     x = torch.zeros((2,) * ndim)
     failure, least = "", 0
+    probe = solver._bridge(path).scheduler
     for steps in range(nfe, 0, -1):
-        bridge, calls = solver._bridge(path), 0
+        calls = 0
 
         def count(x: torch.Tensor, *_: Any) -> torch.Tensor:
             nonlocal calls
@@ -198,7 +199,12 @@ def _steps_for(solver: DiffusersScheduler, path: Path, nfe: int, ndim: int) -> t
             return torch.zeros_like(x)
 
         try:
-            with _driven(bridge.scheduler, lambda *_: torch.zeros_like(x)):
+            with _driven(probe, lambda *_: torch.zeros_like(x)):
+                probe.set_timesteps(steps)
+                if len(probe.timesteps) > nfe:  # one call each, so it need not run
+                    least = len(probe.timesteps)
+                    continue
+                bridge = solver._bridge(path)  # fresh: no history of another run
                 bridge.scheduler.set_timesteps(steps)
                 end = bridge.run(x, count)
         except Exception as error:  # the library's own complaint about this number of steps
@@ -208,8 +214,6 @@ def _steps_for(solver: DiffusersScheduler, path: Path, nfe: int, ndim: int) -> t
             failure = f"with {steps} steps: returns {tuple(end.shape)} with values that are not finite"
         elif 0 < calls <= nfe:
             return steps, calls
-        else:
-            least = calls
     reason = f"{least} is the least it spends" if least else failure
     raise Unsupported(f"diffusers:{solver.target} cannot run in {nfe} evaluations: {reason}")
 

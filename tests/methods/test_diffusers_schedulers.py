@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 from exact_model import COND, draw, exact, solver
@@ -43,8 +41,7 @@ def test_samples_have_the_right_law(name):
     for kind in KINDS:
         try:
             x, nfe = draw(f"diffusers:{name}", make_path(kind), 40, 128, torch.float32, **GAUSSIAN)
-        except Unsupported as error:
-            assert "paths, not on" in str(error)
+        except Unsupported:
             continue
         ran += 1
         assert 20 <= nfe <= 40
@@ -61,9 +58,11 @@ def test_budget_is_kept_or_the_least_is_named(name):
         try:
             _, spent = draw(f"diffusers:{name}", make_path("vp-linear"), nfe, 2)
         except Unsupported as error:
-            assert f"cannot run in {nfe} evaluations" in str(error)  # noqa: PT017
+            says = str(error)
         else:
             assert 0 < spent <= nfe
+            continue
+        assert f"cannot run in {nfe} evaluations" in says
 
 
 def test_heun_finds_the_largest_number_of_steps():
@@ -80,8 +79,6 @@ def test_noise_is_ours_whatever_the_chunks(name):
         noise = NoiseSource(5, samples, field.shape, dtype=torch.float64)
         return solver(f"diffusers:{name}").sample(field, noise.start(), COND, 6, noise)
 
-    module = sys.modules[type(solver(f"diffusers:{name}")).__module__]
-    assert module is not None
     torch.testing.assert_close(rows(range(6)), torch.cat([rows(range(2)), rows(range(2, 6))]))
     assert not torch.equal(rows(range(2)), rows(range(2, 4)))
 

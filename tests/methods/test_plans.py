@@ -68,9 +68,8 @@ def test_plan_keeps_every_budget(text):
         for nfe in range(1, 21):
             try:
                 plan = plan_of(text, path, grid, nfe)
-            except Unsupported as error:
-                assert text not in OURS
-                assert str(error)
+            except Unsupported:
+                assert text.partition("(")[0] not in OURS  # ours run at every budget
                 continue
             assert 1 <= plan.nfe <= nfe
             if text.startswith("heun") and final == "zero":
@@ -208,7 +207,7 @@ def test_stochastic_solvers_keep_the_variance(text, kind):
 
 def test_churn_stays_below_t_start():
     path = make_path("edm")
-    plan = plan_of("heun(S_churn=1000)", path, "karras", 18)
+    plan = plan_of("heun(S_churn=1000)", path, "karras", 80)
     times = [op.t for op in plan.ops if hasattr(op, "step")]
     assert max(times) <= path.t_start
     assert any(a > b for a, b in zip(times[2::2], times[1::2], strict=False))  # churn did raise t

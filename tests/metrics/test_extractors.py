@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -44,13 +45,13 @@ class Features(nn.Module):
 
 
 class TinyClip(nn.Module):
-    """Like open_clip's: train mode, encode_*(normalize=), visual.image_mean."""
+    """Like open_clip's: train mode, encode_*(normalize=), visual.preprocess_cfg."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(1)
         self.visual = nn.Sequential(nn.Flatten(), nn.LazyLinear(16), nn.Dropout(0.5))
-        self.visual.image_mean, self.visual.image_std = (0.2, 0.3, 0.4), (0.5, 0.6, 0.7)
+        self.visual.preprocess_cfg = {"mean": (0.2, 0.3, 0.4), "std": (0.5, 0.6, 0.7)}
         self.table = nn.Embedding(50, 16)
         self.visual(torch.zeros(1, 3, 8, 8))
 
@@ -184,7 +185,7 @@ def test_missing_weights_say_why(nets):
     assert get("extractor", "fashion64").missing() == (
         "features 'fashion64': weights 'fashion64' not found; run `evalbench doctor`"
     )
-    nets.weights_sha256 = lambda name: open("/nowhere/fashion64.safetensors").read()
+    nets.weights_sha256 = lambda name: Path("/nowhere/fashion64.safetensors").read_bytes()
     assert get("extractor", "fashion64").missing() == (
         "features 'fashion64': /nowhere/fashion64.safetensors is not there; reinstall evalbench"
     )

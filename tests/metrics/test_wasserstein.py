@@ -41,7 +41,7 @@ def test_shifted_copy():
 def test_shifted_gaussians():
     """N(v, I) against N(0, s^2 I): SW_2^2 = mean (u.v)^2 + (1 - s)^2."""
     shift = np.array([1.0, 0.5, 0])
-    x, y = RNG(1).standard_normal((20_000, 3)) + shift, 0.5 * RNG(2).standard_normal((15_000, 3))
+    x, y = RNG(1).standard_normal((6000, 3)) + shift, 0.5 * RNG(2).standard_normal((4500, 3))
     expected = np.sqrt(np.mean((directions(3) @ shift) ** 2) + 0.25)
     assert sw(x, y).value == pytest.approx(expected, rel=0.02)
 

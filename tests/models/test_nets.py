@@ -181,7 +181,7 @@ def test_open_clip_loads_the_folder_itself(clip, images_and_labels):
 
     name = f"local-dir:{nets.TINY_CLIP}"
     model, _, preprocess = open_clip.create_model_and_transforms(name)
-    model.eval()
+    model.eval().requires_grad_(False)  # weights that want gradients take another kernel: other last bits
     tokenizer = open_clip.get_tokenizer(name, bpe_path=str(nets.TINY_CLIP / nets.TINY_CLIP_MERGES))
     images = images_and_labels[0][:8]
     theirs = torch.stack([preprocess(Image.fromarray(image[0].numpy())) for image in images])
@@ -191,6 +191,13 @@ def test_open_clip_loads_the_folder_itself(clip, images_and_labels):
     with torch.inference_mode():
         assert torch.equal(model.encode_image(theirs), clip[0].encode_image(theirs))
         assert torch.equal(model.encode_text(tokenizer(text)), clip[0].encode_text(clip[1](text)))
+
+
+def test_clip_without_its_weights_is_refused(tmp_path):
+    for file in (nets.TINY_CLIP / "open_clip_config.json", nets.TINY_CLIP / nets.TINY_CLIP_MERGES):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(RuntimeError, match="could not be loaded"):
+        nets.load_tiny_clip(tmp_path)
 
 
 def test_vocabulary_is_that_of_the_merges(clip):

@@ -6,6 +6,7 @@ import io
 import subprocess
 import sys
 
+import pytest
 from report.synthetic import NOTE, failed, make_records, quality
 from rich.console import Console
 
@@ -56,6 +57,17 @@ def test_other_metrics_stand_below_unless_there_are_many_blocks(records: list[Re
     many = [r for g in (1.0, 2.0, 3.0) for r in make_records(guidance=g)]
     assert "table.csv and the report" in printed(many, suite)
     assert "ms/image" not in printed(many, suite)
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 140])
+def test_a_narrow_terminal_gets_fewer_metrics_and_whole_numbers(
+    width: int, records: list[Record], suite: Suite
+) -> None:
+    text = printed(records, suite, width=width)
+    assert max(map(len, text.splitlines())) <= width
+    assert "2.100 ± 0.083†" in text
+    assert "…" not in text
+    assert ("more in table.csv" in text) == (width < 100)
 
 
 def test_nothing_to_print(suite: Suite) -> None:

@@ -23,7 +23,7 @@ from evalbench.models.zoo.training import (
     write_card,
 )
 
-RECIPE = Recipe(epochs=14, batch=128, seed=1728, rate=4e-3, decay=1e-2, shift=1)
+RECIPE = Recipe(epochs=10, batch=128, seed=1728, rate=4e-3, decay=1e-2, shift=1)
 
 
 def main() -> None:
