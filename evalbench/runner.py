@@ -113,11 +113,16 @@ class Request:
 
 @dataclass(frozen=True)
 class Plan:
-    """Cells to measure, and the fine solutions that their paired metrics need."""
+    """Cells to measure, and the fine solutions that their paired metrics need.
+
+    Attributes:
+        metrics: what can be computed here. unavailable: the other metrics asked for, by id, with the reason.
+    """
 
     request: Request
     cells: tuple[Cell, ...]
     metrics: tuple[Metric[Any], ...]
+    unavailable: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def solutions(self) -> dict[str, Cell]:
@@ -195,7 +200,14 @@ def make_plan(request: Request) -> Plan:
         for nfe in request.nfe
         for cell in [make_cell(request.suite, method, nfe, guidance, seed)]
     }
-    return Plan(request, tuple(cells.values()), metrics)
+    reasons = {metric.id: _why_unavailable(metric) for metric in metrics}
+    usable = tuple(metric for metric in metrics if not reasons[metric.id])
+    return Plan(request, tuple(cells.values()), usable, {name: why for name, why in reasons.items() if why})
+
+
+def _why_unavailable(metric: Metric[Any]) -> str:
+    """Why a metric's features cannot be had on this machine; empty when they can."""
+    return "; ".join(why for part in metric.needs if (why := registry.get("extractor", part).missing()))
 
 
 def run(
@@ -286,7 +298,7 @@ class _Loop:
     def _is_current(self, record: Record) -> bool:
         if record.kind != "quality" or record.status == "error":
             return False
-        wanted = {metric.id for metric in self.plan.metrics}
+        wanted = {metric.id for metric in self.plan.metrics} | self.plan.unavailable.keys()
         known = record.metrics.keys() | record.missing.keys()
         protocol = content_id(self._protocol(record.cell))
         return record.protocol == protocol and (record.status == "unsupported" or wanted <= known)
@@ -302,7 +314,7 @@ class _Loop:
             return False
         if self.plan.request.save_samples and not facts["all_images"]:
             return False
-        return features.items() <= facts["features"].items()
+        return bool(features.items() <= facts["features"].items())
 
     def _jobs(self, waiting: Mapping[str, list[Chunk]]) -> Iterator[Job]:
         request = self.plan.request
@@ -367,6 +379,7 @@ class _Loop:
             self._reference,
             allow_small_n=self.plan.request.allow_small_n,
         )
+        missing |= self.plan.unavailable
         counts = reduce_counts(self.store, chunks)
         return Record(**base, status="ok", metrics=metrics, missing=missing, counts=counts)
 
@@ -392,7 +405,7 @@ class _Loop:
 
     @cached_property
     def _protocol_features(self) -> dict[str, str]:
-        """Feature networks of all the suite's metrics, so that a run with `--metrics` stays comparable with one without.
+        """Feature networks of all the suite's metrics: a run with `--metrics` stays comparable with one without.
 
         Networks that cannot be had here are left out, and so are their metrics.
         """
