@@ -1,0 +1,1 @@
+"""Reference statistics that suites refer to, and the script that makes them."""
