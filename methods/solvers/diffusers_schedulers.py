@@ -31,10 +31,12 @@ _CONFIG = ("solver_order", "algorithm_type", "solver_type", "timestep_spacing", 
 _PROBE_NFE = 20
 _FLOW = ("FlowMatch", "LTXEulerAncestralRF")  # classes on t = sigma that have no setting to tell it by
 
-# Classes with the right signatures that still are no samplers of a given network on a given path.
-_NOT_A_SAMPLER = {
+# Classes that are no samplers of a given network on a given path under given noise, whatever their signatures.
+_UNUSABLE = {
     "DDIMInverseScheduler": "runs from data to noise",
     "DPMSolverMultistepInverseScheduler": "runs from data to noise",
+    "DPMSolverSDEScheduler": "draws its noise from torchsde, not from the run's source",
+    "CosineDPMSolverMultistepScheduler": "draws its noise from torchsde, not from the run's source",
 }
 
 
@@ -282,7 +284,7 @@ def _missing_library(name: str) -> str:
 @lru_cache(maxsize=256)
 def _signature_reason(name: str) -> str:
     """Why a class cannot be driven by (model_output, timestep, sample); empty when it can."""
-    if reason := _missing_library(name) or _NOT_A_SAMPLER.get(name, ""):
+    if reason := _UNUSABLE.get(name, "") or _missing_library(name):
         return reason
     step = getattr(_class(name), "step", None)
     if step is None:
@@ -301,7 +303,7 @@ def _path_kinds(name: str) -> tuple[PathKind, ...]:
     """The kinds of path a class can be built on, by the settings it takes."""
     arguments = _arguments(name)
     kinds: list[PathKind] = []
-    if name in _NOT_A_SAMPLER:
+    if name in _UNUSABLE:
         return ()
     if {"trained_betas", "prediction_type"} <= arguments or name == _IPNDM:
         kinds.append("vp")

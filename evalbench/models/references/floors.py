@@ -1,0 +1,102 @@
+"""Floors and sensitivities of a suite's metrics: what a perfect sampler scores at N samples, and a spoiled one.
+
+    python -m evalbench.models.references.floors fashion-mixture --samples 2048,4096
+
+Exact draws of the model (other seeds than the reference's) are scored like a method's samples; mean and standard
+deviation over repeats. `blur` and `jpeg` are the same draws, spoiled: a metric that does not move for them sees
+little. Prints `[[floors]]` tables for the suite's TOML.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+from collections.abc import Callable
+from functools import lru_cache
+
+import numpy as np
+import torch
+from PIL import Image, ImageFilter
+
+from evalbench import registry, worker
+from evalbench.interfaces import Cond, Metric, Model, SampleBatch
+from evalbench.metrics.images import to_uint8
+from evalbench.spec import Suite, load_suite
+
+SEED = 3_000_003  # of the first repeat; the reference's own draws have another
+BATCH = 256
+
+
+def blurred(image: np.ndarray) -> np.ndarray:
+    """Gaussian blur of radius 1 of a uint8 (H, W) image."""
+    return np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(1)))
+
+
+def jpeg(image: np.ndarray) -> np.ndarray:
+    """JPEG at quality 75 and back, uint8 (H, W)."""
+    stream = io.BytesIO()
+    Image.fromarray(image).save(stream, format="JPEG", quality=75)
+    return np.asarray(Image.open(stream))
+
+
+SPOILS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"floor": lambda image: image, "blur": blurred, "jpeg": jpeg}
+
+
+_extractor = lru_cache(registry.build_extractor)
+
+
+def parts(model: Model, metrics: list[Metric[object]], samples: int, seed: int, what: str) -> dict[str, np.ndarray]:
+    """What the extractors make of `samples` exact draws, spoiled or not."""
+    labels = np.arange(samples) % model.num_classes
+    x = torch.from_numpy(model.draws(labels, seed)).float()  # type: ignore[attr-defined]
+    images = to_uint8(x).numpy()
+    images = np.stack([SPOILS[what](image[0])[None] for image in images])
+    names = sorted({name for metric in metrics for name in metric.needs})
+    blocks: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    for start in range(0, samples, BATCH):
+        rows = slice(start, start + BATCH)
+        captions = tuple(model.caption(int(label)) for label in labels[rows])
+        cond = Cond(torch.from_numpy(labels[rows]), captions)
+        batch = SampleBatch(x[rows], torch.from_numpy(images[rows]), cond, model)
+        for name in names:
+            blocks[name].append(_extractor(name)(batch).numpy())
+    return {name: np.concatenate(values) for name, values in blocks.items()}
+
+
+def score(suite: Suite, metrics: list[Metric[object]], found: dict[str, np.ndarray]) -> dict[str, float]:
+    """Values by metric id."""
+    values = {}
+    for metric in metrics:
+        reference = worker.load_reference(suite, metric.reference_key, {}) if metric.reference_key else None
+        values[metric.id] = metric.compute(metric.update(found), reference).value
+    return values
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("suite")
+    parser.add_argument("--samples", default="2048,4096")
+    parser.add_argument("--repeats", type=int, default=8)
+    args = parser.parse_args()
+    suite = load_suite(args.suite)
+    model = registry.build_model(suite.model.loader, suite.model.options)
+    model.to(torch.float32, torch.device("cpu"))
+    metrics = [metric for name in suite.metrics.names if not (metric := registry.build_metric(name)).paired]
+    for samples in map(int, args.samples.split(",")):
+        for what in SPOILS:
+            rows = [
+                score(suite, metrics, parts(model, metrics, samples, SEED + repeat, what))
+                for repeat in range(args.repeats)
+            ]
+            for metric in metrics:
+                values = np.array([row[metric.id] for row in rows])
+                print(
+                    f'[[floors]]\nmetric = "{metric.id}"\nsamples = {samples}\nwhat = "{what}"\n'
+                    f"value = {values.mean():.4g}\nsd = {values.std(ddof=1):.2g}\n",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()
