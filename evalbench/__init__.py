@@ -7,14 +7,19 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from evalbench.api import run as run
     from evalbench.registry import register as register
     from evalbench.report import load as load
 
-__all__ = ["__version__", "load", "register"]
+__all__ = ["__version__", "load", "register", "run"]
 
 
 def __getattr__(name: str) -> Any:
-    """`evalbench.register` and `evalbench.load`, imported on first use: the command line must start fast."""
+    """The Python interface, imported on first use: the command line must start fast."""
+    if name == "run":
+        from evalbench.api import run
+
+        return run
     if name == "register":
         from evalbench.registry import register
 

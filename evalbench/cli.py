@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from evalbench.api import check_executor, make_executor, make_request
 from evalbench.errors import EvalbenchError, UserError, unknown
 
 if TYPE_CHECKING:
@@ -81,25 +82,21 @@ def run(
     plan: ShowPlan = False,
 ) -> None:
     """Run methods on a suite; the same command again continues, and adds cells to an existing run."""
-    if workers is not None and workers < 1:
-        raise UserError(f"--workers {workers}: at least 1")
-    if serial and (workers or address):
-        raise UserError("--serial runs without Ray; drop --workers and --address, or drop --serial")
-    request = _request(
-        suite=suite,
-        methods=methods,
-        method=method,
-        nfe=nfe,
-        guidance=guidance,
+    check_executor(serial=serial, workers=workers, address=address)
+    request = make_request(
+        suite,
+        methods=_methods(methods, method),
+        nfe=_numbers(nfe, "--nfe", int),
+        guidance=_numbers(guidance, "--guidance", float),
+        seeds=_numbers(seeds, "--seeds", int),
+        metrics=None if metrics is None else _words(metrics, "--metrics"),
+        measure=_words(measure, "--measure"),
         samples=samples,
-        seeds=seeds,
-        metrics=metrics,
-        measure=measure,
         batch=batch,
         dtype=dtype,
-        plugin=plugin,
         save_samples=save_samples,
         allow_small_n=allow_small_n,
+        plugins=plugin or [],
     )
     if plan:
         _print_plan(request)
@@ -116,7 +113,8 @@ def quickstart(
     serial: Serial = False,
 ) -> None:
     """The main job on the embedded default: four samplers x three budgets on fashion-mixture, with a report."""
-    request = _request(suite="fashion-mixture", measure="quality,latency")
+    check_executor(serial=serial, workers=workers, address=None)
+    request = make_request("fashion-mixture", measure=("quality", "latency"))
     folder = out or Path("results/runs/quickstart")
     records = _run(request, folder, workers=workers, address=None, serial=serial)
     _finish(records, folder)
@@ -184,53 +182,6 @@ def doctor() -> None:
 # --- what the commands share ----------------------------------------------------------------------------------------
 
 
-def _request(
-    *,
-    suite: str,
-    methods: str | None = None,
-    method: list[str] | None = None,
-    nfe: str | None = None,
-    guidance: str | None = None,
-    samples: int | None = None,
-    seeds: str | None = None,
-    metrics: str | None = None,
-    measure: str = "quality",
-    batch: int | None = None,
-    dtype: str | None = None,
-    plugin: list[str] | None = None,
-    save_samples: bool = False,
-    allow_small_n: bool = False,
-) -> Request:
-    """What was typed, checked and resolved against the suite. Imports torch only once the words make sense."""
-    from evalbench.spec import load_suite
-
-    measures = _words(measure, "--measure")
-    for word in measures:
-        if word not in ("quality", "latency"):
-            raise unknown("measure", word, ("quality", "latency"))
-    facts = load_suite(suite).override(samples=samples, batch=batch, dtype=dtype)
-    chosen_nfe = tuple(_numbers(nfe, "--nfe", int)) if nfe is not None else facts.sampling.nfe
-    chosen_seeds = tuple(_numbers(seeds, "--seeds", int)) if seeds is not None else facts.sampling.seeds
-    scales = tuple(_numbers(guidance, "--guidance", float)) if guidance is not None else (facts.sampling.guidance,)
-
-    from evalbench.registry import parse_methods, read_plugin
-    from evalbench.runner import Request, unique
-
-    texts = [*(parse_methods(methods) if methods is not None else []), *(method or [])]
-    return Request(
-        suite=facts,
-        methods=unique(texts or facts.methods),
-        nfe=unique(chosen_nfe),
-        guidance=unique(scales),
-        seeds=unique(chosen_seeds),
-        metrics=unique(_words(metrics, "--metrics")) if metrics is not None else facts.metrics.names,
-        measure=frozenset(measures),
-        save_samples=save_samples,
-        allow_small_n=allow_small_n,
-        plugins=dict(read_plugin(path) for path in plugin or []),
-    )
-
-
 def _words(text: str, option: str) -> list[str]:
     words = [word.strip() for word in text.split(",")]
     if not all(words):
@@ -238,7 +189,17 @@ def _words(text: str, option: str) -> list[str]:
     return words
 
 
-def _numbers(text: str, option: str, kind: type[Any]) -> list[Any]:
+def _methods(methods: str | None, method: list[str] | None) -> list[str]:
+    if methods is None:
+        return method or []
+    from evalbench.registry import parse_methods
+
+    return [*parse_methods(methods), *(method or [])]
+
+
+def _numbers(text: str | None, option: str, kind: type[Any]) -> list[Any] | None:
+    if text is None:
+        return None
     try:
         return [kind(word) for word in _words(text, option)]
     except ValueError:
@@ -253,7 +214,7 @@ def _run(request: Request, folder: Path, *, workers: int | None, address: str | 
     made: list[Executor] = []
 
     def executor() -> Executor:
-        made.append(_executor(workers, address, serial))
+        made.append(make_executor(serial=serial, workers=workers, address=address))
         return made[0]
 
     try:
@@ -262,16 +223,6 @@ def _run(request: Request, folder: Path, *, workers: int | None, address: str | 
     finally:
         for one in made:
             one.shutdown()
-
-
-def _executor(workers: int | None, address: str | None, serial: bool) -> Executor:
-    if serial:
-        from evalbench.runner import SerialExecutor
-
-        return SerialExecutor()
-    from evalbench.cluster import RayExecutor
-
-    return RayExecutor(workers, address)
 
 
 def _finish(records: list[Record], folder: Path) -> None:

@@ -84,6 +84,12 @@ def _git(folder: Path, *args: str) -> str:
     return result.stdout.strip()
 
 
+def reset_peak(device: torch.device) -> None:
+    """Start a new peak on a GPU; the resident peak of a process cannot be taken back."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_bytes(device: torch.device) -> int:
     """Peak memory: allocated on a GPU since the last reset, resident in this process on a CPU."""
     if device.type == "cuda":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
 from types import TracebackType
 
 from rich.console import Console
@@ -10,30 +10,41 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 
 class CostModel:
-    """Seconds of a chunk as a * forwards + b * samples, fitted to the chunks that landed.
-
-    With one kind of chunk only, all of the time is put on the forwards.
-    """
+    """Seconds of a piece as a * forwards + b * samples, fitted to the pieces that landed."""
 
     def __init__(self) -> None:
         self._rows: list[tuple[float, float, float]] = []
 
     def add(self, forwards: float, samples: float, seconds: float) -> None:
-        """A chunk landed."""
+        """A piece landed."""
         self._rows.append((forwards, samples, seconds))
 
     def seconds(self, forwards: float, samples: float) -> float | None:
-        """Predicted worker-seconds; None before anything landed."""
-        if not self._rows:
-            return None
-        a, b = self._fit()
-        return a * forwards + b * samples
+        """Predicted worker-seconds; None while the pieces seen cannot tell.
+
+        Pieces of one kind (forwards per sample) say nothing about another: a and b need two kinds.
+        """
+        if not samples:
+            return 0.0
+        if len(self._kinds) > 1:
+            a, b = self._fit()
+            return a * forwards + b * samples
+        same = self._kinds == {_kind(forwards, samples)}
+        return self.per_forward * forwards if same else None
+
+    @property
+    def per_forward(self) -> float:
+        """Seconds per forward; with one kind of piece seen, its whole time is put on them. 0 before the first."""
+        if len(self._kinds) > 1:
+            return self._fit()[0]
+        forwards = sum(row[0] for row in self._rows)
+        return sum(row[2] for row in self._rows) / forwards if forwards else 0.0
+
+    @property
+    def _kinds(self) -> set[float]:
+        return {_kind(forwards, samples) for forwards, samples, _ in self._rows}
 
     def _fit(self) -> tuple[float, float]:
-        total = [sum(column) for column in zip(*self._rows, strict=True)]
-        ratios = {round(forwards / samples, 6) for forwards, samples, _ in self._rows}
-        if len(ratios) < 2:
-            return total[2] / total[0], 0.0
         import numpy as np
         from scipy.optimize import nnls
 
@@ -42,20 +53,50 @@ class CostModel:
         return float(a), float(b)
 
 
-@dataclass
+def _kind(forwards: float, samples: float) -> float:
+    return round(forwards / samples, 6)
+
+
 class Phase:
-    """Work of one kind: what is left, how many workers share it, and what its pieces cost so far."""
+    """Work of one kind: what is left, how many workers share it, and what its pieces cost so far.
 
-    forwards: float
-    samples: float
-    workers: int
-    total: float
-    cost: CostModel
+    Args:
+        forwards, samples: the whole work. workers: how many share it.
+    """
 
-    def seconds_left(self, per_forward: float) -> float:
+    def __init__(self, forwards: float, samples: float, workers: int) -> None:
+        self.total = self.forwards = forwards
+        self.samples, self.workers = samples, workers
+        self.cost = CostModel()
+        self._pieces = 0
+        self._first, self._last = 0.0, 0.0  # clock from which and to which drag is measured
+        self._paid = 0.0  # worker-seconds of the pieces that landed in between
+
+    def landed(self, forwards: float, samples: float, seconds: float, clock: float) -> None:
+        """A piece is done at `clock`, after `seconds` on its worker."""
+        self.cost.add(forwards, samples, seconds)
+        self.forwards = max(0.0, self.forwards - forwards)
+        self.samples = max(0.0, self.samples - samples)
+        self._pieces += 1
+        if self._pieces <= 2 * self.workers:  # workers that still load say nothing about the rest
+            self._first = clock
+        else:
+            self._paid += seconds
+        self._last = clock
+
+    @property
+    def drag(self) -> float:
+        """Wall time over the pieces' own time: what writing, reducing and waiting add. 1 until that is known."""
+        if self._paid <= 0.0:
+            return 1.0
+        return min(2.0, max(1.0, (self._last - self._first) * self.workers / self._paid))
+
+    def seconds_left(self, per_forward: float | None) -> float | None:
         """Wall seconds, by this phase's own pieces; before the first, by another phase's seconds per forward."""
         own = self.cost.seconds(self.forwards, self.samples)
-        return (per_forward * self.forwards if own is None else own) / self.workers
+        if own is None and self._pieces == 0 and per_forward is not None:
+            own = per_forward * self.forwards
+        return None if own is None else self.drag * own / self.workers
 
 
 class ProgressBar:
@@ -85,14 +126,11 @@ class ProgressBar:
 
     def planned(self, phase: str, forwards: float, samples: int, workers: int) -> None:
         """A phase with this much work is to come."""
-        self._phases[phase] = Phase(forwards, samples, workers, forwards, CostModel())
+        self._phases[phase] = Phase(forwards, samples, workers)
 
     def landed(self, phase: str, forwards: float, samples: int, seconds: float) -> None:
         """A piece of a phase is done."""
-        current = self._phases[phase]
-        current.cost.add(forwards, samples, seconds)
-        current.forwards = max(0.0, current.forwards - forwards)
-        current.samples = max(0.0, current.samples - samples)
+        self._phases[phase].landed(forwards, samples, seconds, time.perf_counter())
         self._refresh(phase)
 
     def note(self, line: str) -> None:
@@ -101,12 +139,11 @@ class ProgressBar:
 
     @property
     def eta(self) -> float | None:
-        """Seconds left in all phases; None before the first piece."""
-        known = [phase.cost.seconds(1.0, 0.0) for phase in self._phases.values()]
-        per_forward = next((seconds for seconds in known if seconds is not None), None)
-        if per_forward is None:
-            return None
-        return sum(phase.seconds_left(per_forward) for phase in self._phases.values())
+        """Seconds left in all phases; None until the pieces that landed can tell."""
+        known = [phase.cost.per_forward * phase.drag for phase in self._phases.values()]
+        per_forward = next((seconds for seconds in known if seconds), None)
+        left = [phase.seconds_left(per_forward) for phase in self._phases.values()]
+        return None if any(seconds is None for seconds in left) else sum(filter(None, left))
 
     def _refresh(self, phase: str) -> None:
         eta = self.eta

@@ -273,7 +273,7 @@ class _Loop:
                 self.observer.planned("quality", forwards, sum(samples.values()), self.executor.workers)
         if "latency" in self.plan.request.measure:
             job = self._latency_job()
-            calls = job.batch * (job.rounds + 1)
+            calls = job.batch * job.calls
             if job.cells:
                 self.observer.planned("latency", sum(c.nfe for c in job.cells) * calls, len(job.cells) * calls, 1)
 
@@ -317,18 +317,17 @@ class _Loop:
         return bool(features.items() <= facts["features"].items())
 
     def _jobs(self, waiting: Mapping[str, list[Chunk]]) -> Iterator[Job]:
+        """One chunk of every cell, then cell by cell.
+
+        So a method that fails is found out early, and the estimate of the time left knows every kind of cell.
+        """
         request = self.plan.request
-        for cell in self.plan.work:
-            for chunk in list(waiting.get(cell.id, ())):
-                if cell.id not in self._failed:
-                    yield Job(
-                        request.suite,
-                        cell,
-                        chunk,
-                        self.plan.parts[cell.id],
-                        request.save_samples,
-                        request.plugins,
-                    )
+        todo = [(cell, list(waiting.get(cell.id, ()))) for cell in self.plan.work]
+        first = [(cell, chunk) for cell, chunks in todo for chunk in chunks[:1]]
+        rest = [(cell, chunk) for cell, chunks in todo for chunk in chunks[1:]]
+        for cell, chunk in (*first, *rest):
+            if cell.id not in self._failed:
+                yield Job(request.suite, cell, chunk, self.plan.parts[cell.id], request.save_samples, request.plugins)
 
     def _land(self, outcome: Outcome, waiting: dict[str, list[Chunk]]) -> None:
         job = outcome.job

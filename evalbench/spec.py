@@ -323,7 +323,8 @@ class Latency(Frozen):
     Attributes:
         batch: samples per call. seconds: one entry per measured call, in order.
         warmup: calls dropped before. device, threads: where.
-        peak_bytes: peak memory of the process (CPU: resident; GPU: allocated).
+        peak_bytes: peak memory: allocated by the cell's first call on a GPU; on a CPU resident in the process so
+            far, which is all a process can say of itself.
     """
 
     batch: int

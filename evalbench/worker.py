@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from evalbench import environment, registry
-from evalbench.cost.latency import interleaved
+from evalbench.cost.latency import interleaved, timed
 from evalbench.cost.ledger import Ledger
 from evalbench.denoiser import Field, NetworkDoor
 from evalbench.errors import BadSamples, Unsupported, UserError
@@ -72,10 +72,11 @@ class ChunkFailure:
 
 def run_job(job: Job) -> ChunkResult | ChunkFailure:
     """Compute a chunk; whatever the method raises becomes a ChunkFailure."""
-    started = time.perf_counter()
     try:
         setup = prepare(job.suite, job.plugins)
-        arrays = _compute(job, setup)
+        extractors = {name: _extractor(name, str(setup.device)) for name in job.parts}
+        started = time.perf_counter()  # what was loaded serves many chunks: it is no chunk's cost
+        arrays = _compute(job, setup, extractors)
     except Exception as error:  # whatever a method raises is that cell's record
         return ChunkFailure(job, _failure(error), isinstance(error, Unsupported))
     facts = {
@@ -145,9 +146,8 @@ def _check_conditions(suite: Suite, model: Model) -> None:
         )
 
 
-def _compute(job: Job, setup: Setup) -> dict[str, np.ndarray]:
+def _compute(job: Job, setup: Setup, extractors: Mapping[str, Extractor]) -> dict[str, np.ndarray]:
     chain = registry.build_method(job.cell.method)
-    extractors = {name: _extractor(name, str(setup.device)) for name in job.parts}
     start, stop = job.chunk.start, job.chunk.stop
     batch = job.suite.sampling.batch
     blocks = [
@@ -303,6 +303,7 @@ def load_reference(suite: Suite, key: str, plugins: Mapping[str, str]) -> Parts 
 # --- latency --------------------------------------------------------------------------------------------------------
 
 LATENCY_BATCH = 64
+WARMUP = 2  # the call that finds a failing cell out, and the first interleaved round
 
 
 @dataclass(frozen=True)
@@ -318,6 +319,11 @@ class LatencyJob:
     def batch(self) -> int:
         """Samples per timed call."""
         return min(LATENCY_BATCH, self.suite.sampling.batch)
+
+    @property
+    def calls(self) -> int:
+        """Calls per cell: two to warm up, then the measured ones."""
+        return WARMUP + self.rounds
 
 
 @dataclass(frozen=True)
@@ -346,12 +352,14 @@ def run_latency(job: LatencyJob) -> Iterator[Timing | LatencyResult]:
     described = environment.describe(setup.device)
     outcomes: dict[str, Latency | Failure] = {}
     cells = {cell.id: cell for cell in job.cells}
-    calls = {}
+    calls, peaks = {}, {}
     for cell_id, cell in cells.items():
         call = _timed_call(setup, cell, job)
+        environment.reset_peak(setup.device)
         try:
-            call()  # a cell that fails is found out before the rounds begin
-            calls[cell_id] = call
+            spent = timed(call, setup.device)  # a cell that fails is found out before the rounds begin
+            calls[cell_id], peaks[cell_id] = call, environment.peak_bytes(setup.device)
+            yield Timing(cell, spent)
         except Exception as error:
             outcomes[cell_id] = _failure(error)
     seconds: dict[str, list[float]] = {cell_id: [] for cell_id in calls}
@@ -363,10 +371,10 @@ def run_latency(job: LatencyJob) -> Iterator[Timing | LatencyResult]:
         outcomes[cell_id] = Latency(
             batch=job.batch,
             seconds=tuple(values),
-            warmup=2,
+            warmup=WARMUP,
             device=described["device"],
             threads=described["threads"],
-            peak_bytes=environment.peak_bytes(setup.device),
+            peak_bytes=peaks[cell_id],
         )
     yield LatencyResult(outcomes, described)
 
