@@ -79,3 +79,52 @@ def test_one_worker_gives_the_same_table_as_two(tmp_path: Path) -> None:
         subprocess.run([*command, "--samples", "256", "--out", str(out), *how], check=True, capture_output=True)
         tables.append((out / "table.csv").read_bytes())
     assert tables[0] == tables[1] == tables[2]
+
+
+@pytest.mark.slow
+def test_every_method_has_the_same_bits_on_ray(ray_two: RayExecutor, tmp_path: Path) -> None:
+    from evalbench import registry
+    from evalbench.interfaces import Solver
+
+    names = [name for name in registry.names("method") if not name.endswith(":*")]
+    solvers = [name for name in names if issubclass(registry.get("method", name), Solver)]
+    wanted = request(small_suite(), [*solvers, "diffusers:UniPCMultistepScheduler"], [7], guidance=(1.0, 2.5))
+    runner.run(wanted, tmp_path / "ray", lambda: ray_two)
+    records, _ = run_serial(wanted, tmp_path / "serial")
+    assert all(record.status == "ok" for record in records)
+    assert _table(tmp_path / "ray") == _table(tmp_path / "serial")
+
+
+@pytest.mark.slow
+def test_a_killed_run_continues_to_the_same_table(tmp_path: Path) -> None:
+    """SIGKILL of the whole process group in the middle, twice; then the same command finishes the run."""
+    import os
+    import signal
+    import subprocess
+    import sys
+    import time
+
+    evalbench = str(Path(sys.executable).with_name("evalbench"))
+    command = [evalbench, "run", "fashion-mixture", "--methods", "ddim,unipc", "--nfe", "5,10", "--samples", "1024"]
+
+    def chunks(out: Path) -> int:
+        return len(list((out / "chunks").rglob("*.npz")))
+
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    for wanted in (2, 6):
+        process = subprocess.Popen(
+            [*command, "--out", str(killed), "--workers", "2"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        deadline = time.monotonic() + 120
+        while chunks(killed) < wanted and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert process.poll() is None, "killed while it still ran"
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        assert chunks(killed) >= wanted
+    for out in (killed, whole):
+        subprocess.run([*command, "--out", str(out), "--serial"], check=True, capture_output=True)
+    assert (killed / "table.csv").read_bytes() == (whole / "table.csv").read_bytes()

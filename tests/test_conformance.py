@@ -138,3 +138,33 @@ def test_seeds_are_different_samples_and_one_seed_the_same(method: str) -> None:
 
     assert torch.equal(run(0), run(0))
     assert not torch.allclose(run(0), run(1))
+
+
+# --- every usable diffusers scheduler ------------------------------------------------------------------------------
+
+
+def _schedulers() -> list[str]:
+    family = registry.get("method", "diffusers:DDIMScheduler")
+    return [f"diffusers:{name}" for name, reason in family.members() if not reason]  # type: ignore[attr-defined]
+
+
+@pytest.mark.slow
+def test_every_usable_scheduler_keeps_its_budget_and_its_bits() -> None:
+    indices, shuffled = list(range(6)), [4, 2, 0, 5, 1, 3]
+    refused = {}
+    for method in _schedulers():
+        used = 0
+        for nfe in BUDGETS:
+            for suite in SUITES:
+                try:
+                    x, ledger = _sample(suite, method, nfe, indices)
+                except Unsupported as refusal:
+                    refused[method, suite, nfe] = str(refusal)
+                    continue
+                assert torch.isfinite(x).all(), (method, suite, nfe)
+                assert ledger.nfe.max() <= nfe, (method, suite, nfe)
+                moved, _ = _sample(suite, method, nfe, shuffled)
+                assert torch.equal(x[shuffled], moved), (method, suite, nfe)
+                used += 1
+        assert used >= 5, f"{method} runs at {used} of 60 budgets: it is not usable"  # PNDM starts at 13
+    assert all(reason.strip() for reason in refused.values())

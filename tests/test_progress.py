@@ -36,11 +36,11 @@ def test_drag_is_what_the_wall_adds() -> None:
 
 def test_the_bar_covers_all_phases() -> None:
     with ProgressBar(Console(file=io.StringIO())) as bar:
-        bar.planned("quality", forwards=300, samples=30, workers=1)
+        bar.planned("quality", forwards=310, samples=30, workers=1)
         bar.planned("latency", forwards=100, samples=10, workers=1)
         assert bar.eta is None
         bar.landed("quality", 100, 10, 2.0)
-        assert bar.eta is None, "200 forwards of 10 samples are another kind"
+        assert bar.eta is None, "210 forwards of 20 samples are another kind"
         bar.landed("quality", 50, 10, 1.5)
-        assert bar.eta == pytest.approx((150 * 0.01 + 10 * 0.1) + 100 * 0.01)
+        assert bar.eta == pytest.approx((160 * 0.01 + 10 * 0.1) + 100 * 0.01)
         bar.note("[red]not markup[/red]")
