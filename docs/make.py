@@ -1,0 +1,69 @@
+"""Make the pages and pictures that are measured or listed, never written by hand.
+
+    python docs/make.py lists                 docs/methods.md and docs/suites.md from the registry
+    python docs/make.py pictures RUN          docs/images/ from a run folder (`make quickstart` leaves one)
+
+tests/test_docs.py fails when the lists are not current.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import shutil
+from pathlib import Path
+
+from evalbench import catalogue, registry
+from evalbench.spec import load_suite, suite_names
+
+DOCS = Path(__file__).parent
+PICTURES = {"quality-nfe.png": "quickstart-nfe.png", "samples.png": "quickstart-samples.png"}
+HEAD = "<!-- made by `python docs/make.py lists`; edit the docstrings instead -->\n"
+
+
+def methods_page() -> str:
+    """Every method with its docstring, and the diffusers schedulers with what keeps the others out."""
+    names = [name for name in registry.names("method") if not name.endswith(":*")]
+    lines = [HEAD, "# Methods\n"]
+    for name in names:
+        lines += [f"## `{name}`\n", "```text", inspect.getdoc(registry.get("method", name)) or "", "```\n"]
+    lines += ["## `diffusers:CLASS`\n"]
+    family = registry.get("method", "diffusers:DDIMScheduler")
+    lines += ["```text", inspect.getdoc(family) or "", "```\n", "| class | runs here |", "|---|---|"]
+    rows = [row for row in catalogue.rows("methods") if row["name"].startswith("diffusers:")]
+    lines += [f"| `{row['name'].partition(':')[2]}` | {'yes' if row['available'] else row['reason']} |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def suites_page() -> str:
+    """Every suite: what it is, its size, its metrics."""
+    lines = [HEAD, "# Suites\n", "| suite | what | N | NFE | grid | primary metric |", "|---|---|--:|---|---|---|"]
+    for name in suite_names():
+        suite = load_suite(name)
+        s = suite.sampling
+        nfe = ", ".join(map(str, s.nfe))
+        lines.append(f"| `{name}` | {suite.summary} | {s.samples} | {nfe} | {s.grid} | `{suite.metrics.primary}` |")
+    return "\n".join(lines) + "\n"
+
+
+PAGES = {"methods.md": methods_page, "suites.md": suites_page}
+
+
+def main() -> None:
+    """Write what was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["lists", "pictures"])
+    parser.add_argument("run", nargs="?", type=Path, help="run folder, for pictures")
+    args = parser.parse_args()
+    if args.what == "lists":
+        for name, page in PAGES.items():
+            (DOCS / name).write_text(page(), encoding="utf-8")
+        return
+    if args.run is None:
+        parser.error("pictures needs a run folder")
+    for source, target in PICTURES.items():
+        shutil.copyfile(args.run / "report" / "figures" / source, DOCS / "images" / target)
+
+
+if __name__ == "__main__":
+    main()
