@@ -290,7 +290,7 @@ def test_fashion_train_reads_plain_and_packed_files(tmp_path, packed):
         (b"", "no idx file"),
         (b"\x00\x00\x0d\x01\x00\x00\x00\x01\x00\x00\x80\x3f", "no idx file"),
         (b"\x00\x00\x08\x01\x00\x00\x00\x05abc", "cut short: 3 bytes of 5"),
-        (gzip.compress(b"\x00\x00\x08\x01\x00\x00\x00\x03abc")[:-9], "cannot read"),
+        (gzip.compress(b"\x00\x00\x08\x01\x00\x00\x00\x03abc", mtime=0)[:-9], "cannot read"),
     ],
 )
 def test_unreadable_files_say_so(tmp_path, content, message):
