@@ -54,10 +54,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["lists", "pictures"])
     parser.add_argument("run", nargs="?", type=Path, help="run folder, for pictures")
+    parser.add_argument("--to", type=Path, default=DOCS, help="where the lists go")
     args = parser.parse_args()
     if args.what == "lists":
         for name, page in PAGES.items():
-            (DOCS / name).write_text(page(), encoding="utf-8")
+            (args.to / name).write_text(page(), encoding="utf-8")
         return
     if args.run is None:
         parser.error("pictures needs a run folder")
