@@ -138,7 +138,7 @@ def list_(
 
         print(json.dumps(rows, indent=1))
         return
-    _print_catalogue(kind, rows)
+    _print_catalogue(rows)
 
 
 @app.command()
@@ -273,16 +273,13 @@ def _load_plugins(paths: list[str] | None) -> None:
         load_plugin(source, name)
 
 
-def _print_catalogue(kind: str, rows: list[dict[str, Any]]) -> None:
-    from rich.table import Table
-
-    table = Table(title=kind, title_justify="left", box=None, pad_edge=False)
-    for heading in ("name", "summary", "requires", "here"):
-        table.add_column(heading, overflow="fold")
+def _print_catalogue(rows: list[dict[str, Any]]) -> None:
+    """One line each, never wrapped: names are there to be copied and grepped."""
+    width = max(len(row["name"]) for row in rows)
     for row in rows:
-        here = "yes" if row["available"] else f"no: {row['reason']}"
-        table.add_row(row["name"], row["summary"], ", ".join(row["requires"]), here)
-    _console().print(table, markup=False)
+        needs = f" [needs {', '.join(row['requires'])}]" if row["requires"] else ""
+        here = "" if row["available"] else f" NOT HERE: {row['reason']}"
+        print(f"{row['name']:<{width}}  {row['summary']}{needs}{here}")
 
 
 def _console(stderr: bool = False) -> Console:

@@ -139,6 +139,31 @@ def test_lists_as_json(kind: str) -> None:
         assert row["available"] or row["reason"]
 
 
+def test_lists_are_one_line_each() -> None:
+    lines = cli("list", "suites").stdout.splitlines()
+    assert [line.split()[0] for line in lines] == sorted(line.split()[0] for line in lines)
+    assert any(line.startswith("fashion-mixture ") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ("[model]\noptions = { dimm = 3 }\n", "unknown setting 'dimm' in model 'gmm'; did you mean 'dim'?"),
+        ("[sampling]\nsample = 3\n", "unknown key 'sampling.sample'"),
+        ('[references]\nx = { file = "none.safetensors", sha256 = "0" }\n', "which does not exist"),
+        ('[references]\nx = { file = "mine.toml", sha256 = "0" }\n', "has SHA-256"),
+    ],
+)
+def test_a_bad_suite_file_is_one_clear_line_and_exit_2(facts: str, message: str, tmp_path: Path) -> None:
+    suite = tmp_path / "mine.toml"
+    suite.write_text(f'extends = "gmm-smooth"\nname = "mine"\n{facts}')
+    result = run(tmp_path / "r", "--methods", "ddim", "--nfe", "2", suite=str(suite))
+    assert result.returncode == 2
+    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+    assert message in result.stderr
+    assert not (tmp_path / "r").exists()
+
+
 def test_doctor_says_what_works() -> None:
     result = cli("doctor")
     assert result.returncode == 0, result.stderr

@@ -112,6 +112,18 @@ def test_another_batch_size_changes_rounding_only(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["ddim", "heun", "dpm-solver++", "unipc", "ddpm"])
+def test_another_batch_size_on_the_image_model_changes_rounding_only(method: str) -> None:
+    made = []
+    for batch in (64, 16):
+        suite = load_suite("fashion-mixture").override(batch=batch)
+        setup = worker._build(suite)
+        cond = worker.conditions(suite, setup.model, range(batch), setup.device)
+        cell = make_cell(suite, method, 10, 1.0, 0)
+        made.append(worker.sample(setup, registry.build_method(method), cell, range(batch), cond, Ledger(batch, 10)))
+    assert (made[0][:16] - made[1]).norm() <= 1e-5 * made[1].norm()
+
+
+@pytest.mark.parametrize("method", ["ddim", "heun", "dpm-solver++", "unipc", "ddpm"])
 def test_bits_on_the_image_model_do_not_depend_on_the_place(method: str) -> None:
     suite: Suite = load_suite("fashion-mixture").override(batch=64)
     setup = worker._build(suite)
