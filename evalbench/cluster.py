@@ -20,6 +20,9 @@ _RETRIES = 3  # a chunk whose worker died this often is quarantined as an error 
 class _Worker:
     """What runs in an actor: the worker module, kept warm."""
 
+    def environment(self) -> dict[str, Any]:
+        return worker.describe()
+
     def run(self, job: Job) -> ChunkResult | ChunkFailure:
         return worker.run_job(job)
 
@@ -47,6 +50,11 @@ class RayExecutor:
             num_cpus=1, num_gpus=share, runtime_env={"env_vars": threads}
         )
         self._actors: list[Any] = [self._actor_class.remote() for _ in range(self.workers)]
+
+    def environment(self) -> dict[str, Any]:
+        """The environment of the workers (of the first: a cluster of several kinds is not told apart yet)."""
+        found: dict[str, Any] = ray.get(self._actors[0].environment.remote())
+        return found
 
     def map(self, jobs: Iterator[Job]) -> Iterator[ChunkResult | ChunkFailure]:
         """Outcomes as they land. A worker that dies is replaced and its job tried again."""

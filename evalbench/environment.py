@@ -54,10 +54,11 @@ def _versions() -> dict[str, str]:
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """The environment of a record. `class` hashes what results are bit-identical within."""
-    bits = {"device": device_name(device), "threads": torch.get_num_threads(), "versions": _versions()}
+    """The environment of a record. `class` hashes what results are bit-identical within (all with one thread)."""
+    bits = {"device": device_name(device), "versions": _versions()}
     return {
         **bits,
+        "threads": torch.get_num_threads(),
         "class": content_id(bits),
         "python": sys.version.split()[0],
         "platform": platform.system(),

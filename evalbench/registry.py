@@ -177,6 +177,11 @@ class Chain:
         """Canonical text: solver first, then the wraps, settings that differ from their defaults."""
         return "+".join(_part_text(part) for part in (self.solver, *self.wraps))
 
+    @property
+    def guidance(self) -> str:
+        """Text of the wraps that guide, such as `cfg(scale=2.0)`; empty when the suite's guidance applies."""
+        return "+".join(_part_text(wrap) for wrap in self.wraps if wrap.guides)
+
     def settings(self) -> list[dict[str, Any]]:
         """Every part with its version and all settings, defaults included: what a cell's id hashes."""
         return [

@@ -16,7 +16,7 @@ from evalbench import environment, registry, worker
 from evalbench.errors import UserError
 from evalbench.interfaces import Metric, Parts
 from evalbench.reduce import paired_parts, parts_of, reduce_counts, reduce_metrics
-from evalbench.spec import Cell, Chunk, Failure, Record, Suite, chunks_of, content_id
+from evalbench.spec import Cell, Chunk, Failure, Record, Solution, Suite, chunks_of, content_id
 from evalbench.store import Store, open_run
 from evalbench.worker import ChunkFailure, ChunkResult, Job, LatencyJob, LatencyResult, Timing
 
@@ -27,6 +27,10 @@ class Executor(Protocol):
     """Computes jobs somewhere. `workers` chunks are in flight at a time."""
 
     workers: int
+
+    def environment(self) -> dict[str, Any]:
+        """The environment that jobs are computed in, see `environment.describe`."""
+        ...
 
     def map(self, jobs: Iterator[Job]) -> Iterator[Outcome]:
         """Outcomes as they land, in any order; pulls a job only when a worker is free."""
@@ -45,6 +49,10 @@ class SerialExecutor:
     """Everything in this process, one thread; for debuggers and small runs."""
 
     workers = 1
+
+    def environment(self) -> dict[str, Any]:
+        """This process's."""
+        return worker.describe()
 
     def map(self, jobs: Iterator[Job]) -> Iterator[Outcome]:
         """Outcomes in order."""
@@ -130,10 +138,13 @@ class Plan:
         solution = self.request.suite.solution
         if solution is None or not paired_parts(self.metrics):
             return {}
-        return {
-            cell.id: make_cell(self.request.suite, solution.method, solution.nfe, cell.guidance, cell.seed)
-            for cell in self.cells
-        }
+        return {cell.id: self._solution(cell, solution) for cell in self.cells}
+
+    def _solution(self, cell: Cell, solution: Solution) -> Cell:
+        """The fine solution of the field that the cell solves; a method that guides itself has a field of its own."""
+        guidance = registry.build_method(cell.method).guidance
+        method = f"{solution.method}+{guidance}" if guidance else solution.method
+        return make_cell(self.request.suite, method, solution.nfe, cell.guidance, cell.seed)
 
     @cached_property
     def parts(self) -> dict[str, tuple[str, ...]]:
@@ -252,10 +263,6 @@ class _Loop:
     def executor(self) -> Executor:
         return self._make_executor()
 
-    @cached_property
-    def environment(self) -> dict[str, Any]:
-        return environment.describe(environment.pick_device())
-
     def records(self) -> list[Record]:
         """Latest records of the plan's cells."""
         wanted = {cell.id for cell in self.plan.cells}
@@ -293,7 +300,16 @@ class _Loop:
         done = {r.cell.id for r in self.store.records() if self._is_current(r)}
         pending = {cell.id: cell for cell in self.plan.cells if cell.id not in done}
         needed = {self.plan.solutions[i].id for i in pending if i in self.plan.solutions} | pending.keys()
-        return pending, {c.id: self._missing_chunks(c) for c in self.plan.work if c.id in needed}
+        cells = [cell for cell in self.plan.work if cell.id in needed]
+        waiting = {cell.id: self._missing_chunks(cell) for cell in cells}
+        if any(waiting.values()):  # something is computed now: all chunks of a cell must come from that environment
+            here = self._workers_class
+            waiting = {cell.id: self._missing_chunks(cell, here) for cell in cells}
+        return pending, waiting
+
+    @cached_property
+    def _workers_class(self) -> str:
+        return str(self.executor.environment()["class"])
 
     def _is_current(self, record: Record) -> bool:
         if record.kind != "quality" or record.status == "error":
@@ -303,15 +319,17 @@ class _Loop:
         protocol = content_id(self._protocol(record.cell))
         return record.protocol == protocol and (record.status == "unsupported" or wanted <= known)
 
-    def _missing_chunks(self, cell: Cell) -> list[Chunk]:
+    def _missing_chunks(self, cell: Cell, fingerprint_class: str | None = None) -> list[Chunk]:
+        """Chunks that are not there, or not with these feature networks, or not of this fingerprint class."""
         features = {name: self._fingerprint(name) for name in self.plan.parts[cell.id]}
-        return [chunk for chunk in self.plan.chunks(cell) if not self._is_there(chunk, features)]
+        chunks = {chunk: self.store.chunk_facts(chunk) for chunk in self.plan.chunks(cell)}
+        usable = {chunk: facts for chunk, facts in chunks.items() if facts and self._is_usable(facts, features)}
+        classes = {facts["environment"]["class"] for facts in usable.values()}
+        if fingerprint_class is None and len(classes) == 1:
+            (fingerprint_class,) = classes
+        return [c for c in chunks if c not in usable or usable[c]["environment"]["class"] != fingerprint_class]
 
-    def _is_there(self, chunk: Chunk, features: Mapping[str, str]) -> bool:
-        """Whether a chunk can be used: made in this fingerprint class, with these very feature networks."""
-        facts = self.store.chunk_facts(chunk)
-        if facts is None or facts["environment"]["class"] != self.environment["class"]:
-            return False
+    def _is_usable(self, facts: Mapping[str, Any], features: Mapping[str, str]) -> bool:
         if self.plan.request.save_samples and not facts["all_images"]:
             return False
         return bool(features.items() <= facts["features"].items())
@@ -361,7 +379,6 @@ class _Loop:
             "samples": self.plan.request.suite.sampling.samples,
             "protocol": content_id(facts),
             "protocol_facts": facts,
-            "environment": self.environment,
             "seconds": self._seconds.get(cell.id, 0.0),
         }
         failed = self._failed.get(cell.id)
@@ -370,6 +387,7 @@ class _Loop:
             return Record(**base, status=status, failure=failed.failure)
         chunks = self.plan.chunks(cell)
         fine = None if solution is None or solution.id in self._failed else self.plan.chunks(solution)
+        made_in = (self.store.chunk_facts(chunks[0]) or {}).get("environment", {})
         metrics, missing = reduce_metrics(
             self.store,
             chunks,
@@ -380,7 +398,7 @@ class _Loop:
         )
         missing |= self.plan.unavailable
         counts = reduce_counts(self.store, chunks)
-        return Record(**base, status="ok", metrics=metrics, missing=missing, counts=counts)
+        return Record(**base, status="ok", metrics=metrics, missing=missing, counts=counts, environment=made_in)
 
     def _reference(self, key: str) -> Parts | None:
         if key not in self._references:
@@ -444,7 +462,7 @@ class _Loop:
         return (
             record.kind == "latency"
             and record.status == "ok"
-            and record.environment["class"] == self.environment["class"]
+            and record.environment["device"] == environment.device_name(environment.pick_device())
         )
 
     def _latency_record(self, cell: Cell, result: LatencyResult) -> Record:

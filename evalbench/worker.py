@@ -70,6 +70,12 @@ class ChunkFailure:
     unsupported: bool
 
 
+def describe() -> dict[str, Any]:
+    """The environment that this process would compute in."""
+    environment.prepare_process()
+    return environment.describe(environment.pick_device())
+
+
 def run_job(job: Job) -> ChunkResult | ChunkFailure:
     """Compute a chunk; whatever the method raises becomes a ChunkFailure."""
     try:

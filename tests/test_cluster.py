@@ -125,6 +125,8 @@ def test_a_killed_run_continues_to_the_same_table(tmp_path: Path) -> None:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         assert chunks(killed) >= wanted
+    landed = {file: file.stat().st_mtime_ns for file in (killed / "chunks").rglob("*.npz")}
     for out in (killed, whole):
         subprocess.run([*command, "--out", str(out), "--serial"], check=True, capture_output=True)
     assert (killed / "table.csv").read_bytes() == (whole / "table.csv").read_bytes()
+    assert {file: file.stat().st_mtime_ns for file in landed} == landed, "what had landed was not computed again"

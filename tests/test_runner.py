@@ -58,6 +58,27 @@ def test_an_interrupted_run_continues_to_the_same_records(tmp_path: Path) -> Non
     assert _values(resumed) == _values(straight)
 
 
+def test_chunks_of_another_fingerprint_class_are_not_mixed_in(tmp_path: Path) -> None:
+    class Elsewhere(SerialExecutor):
+        def environment(self):  # type: ignore[no-untyped-def]
+            return super().environment() | {"class": "another"}
+
+    wanted = request(small_suite(samples=64), ["ddim"])
+    run_serial(wanted, tmp_path)
+    more = request(small_suite(samples=96), ["ddim"])
+    jobs = []
+
+    class Watched(Elsewhere):
+        def map(self, todo):  # type: ignore[no-untyped-def]
+            for job in todo:
+                jobs.append(job)
+                yield from super().map(iter([job]))
+
+    runner.run(more, tmp_path, Watched)
+    ours = [job for job in jobs if job.cell.method == "ddim"]
+    assert len(ours) == 3, "the two chunks that are there come from another class"
+
+
 def test_a_damaged_chunk_is_computed_again(tmp_path: Path) -> None:
     wanted = request(small_suite(), ["ddim"])
     before, computed = run_serial(wanted, tmp_path)
@@ -140,6 +161,14 @@ def test_guidance_is_an_axis(tmp_path: Path) -> None:
     records, _ = run_serial(request(small_suite(), ["ddim"], guidance=(1.0, 3.0)), tmp_path)
     assert [r.counts["evals.base"] for r in records] == [5.0, 10.0]
     assert [r.counts["nfe"] for r in records] == [5.0, 5.0]
+
+
+def test_a_method_that_guides_itself_is_paired_with_the_guided_solution(tmp_path: Path) -> None:
+    suite = small_suite()
+    own, _ = run_serial(request(suite, ["ddim+cfg(scale=3)"], [20]), tmp_path / "own")
+    of_suite, _ = run_serial(request(suite, ["ddim"], [20], guidance=(3.0,)), tmp_path / "suite")
+    values = [r[0].metrics["paired-median@identity"].value for r in (own, of_suite)]
+    assert values[0] == pytest.approx(values[1], rel=1e-9)
 
 
 def test_a_missing_metric_says_why(tmp_path: Path) -> None:
