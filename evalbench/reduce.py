@@ -51,7 +51,7 @@ def reduce_metrics(
         if metric.paired and solution is None:
             missing[metric.id] = "no fine solution to pair with"
         elif metric.reference_key and references(metric.reference_key) is None:
-            missing[metric.id] = f"the suite has no reference '{metric.reference_key}'"
+            missing[metric.id] = f"the suite has no reference '{metric.reference_key}' at this guidance"
         else:
             wanted.append(metric)
     states = _states(store, chunks, solution, wanted)

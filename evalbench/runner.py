@@ -393,16 +393,20 @@ class _Loop:
             chunks,
             fine,
             self.plan.metrics,
-            self._reference,
+            lambda key: self._reference(cell, key),
             allow_small_n=self.plan.request.allow_small_n,
         )
         missing |= self.plan.unavailable
         counts = reduce_counts(self.store, chunks)
         return Record(**base, status="ok", metrics=metrics, missing=missing, counts=counts, environment=made_in)
 
-    def _reference(self, key: str) -> Parts | None:
+    def _reference(self, cell: Cell, key: str) -> Parts | None:
+        """A reference of the suite; the converged ones hold at the suite's own guidance alone."""
+        request = self.plan.request
+        guided = cell.guidance != request.suite.sampling.guidance or registry.build_method(cell.method).guidance
+        if key.startswith("converged/") and guided:
+            return None
         if key not in self._references:
-            request = self.plan.request
             self._references[key] = worker.load_reference(request.suite, key, request.plugins)
         return self._references[key]
 

@@ -171,6 +171,16 @@ def test_a_method_that_guides_itself_is_paired_with_the_guided_solution(tmp_path
     assert values[0] == pytest.approx(values[1], rel=1e-9)
 
 
+def test_the_converged_reference_holds_at_the_suites_guidance_alone(tmp_path: Path) -> None:
+    suite = small_suite("fashion-mixture", samples=32)
+    methods = ["ddim", "ddim+cfg(scale=2)"]
+    wanted = request(suite, methods, [2], guidance=(1.0, 2.0), metrics=("fd_to_converged@fashion64",))
+    records, _ = run_serial(wanted, tmp_path)
+    found = {(r.cell.method, r.cell.guidance): bool(r.metrics) for r in records}
+    assert [key for key, there in found.items() if there] == [("ddim", 1.0)]
+    assert all("at this guidance" in r.missing["fd_to_converged@fashion64"] for r in records if not r.metrics)
+
+
 def test_a_missing_metric_says_why(tmp_path: Path) -> None:
     (record,), _ = run_serial(
         request(small_suite(samples=12), ["ddim"], metrics=("fd@identity",), allow_small_n=False), tmp_path
