@@ -20,7 +20,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NewType, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NewType, TypeAlias
 
 import numpy as np
 
@@ -196,7 +196,6 @@ class PlannedSolver(Solver):
     """
 
     grid: str
-    min_nfe: ClassVar[int] = 1
 
     def steps_for(self, path: Path, nfe: int) -> int:
         """Number of grid steps that spend at most `nfe` evaluations; one evaluation per step unless overridden."""
