@@ -1,17 +1,25 @@
 """The metered door to a network. Solvers know no parameterisation, models know no solver.
 
 Field (counts nfe, holds the budget) -> wraps of the method -> guidance -> NetworkDoor (counts rows) -> model
+
+What a call costs is measured, in units of one unguided full forward of the base model per row:
+
+    door(x, t, cond)                               1; at another resolution, or of another role: the ratio of FLOPs
+    door.partial(forward, x, t, cond, key="deep")  a call that runs a part: its FLOPs over the full forward's
+    door.partial(..., fraction=f)                  the share that only the caller knows, a float or one per row
+    field.gradient(out, x)                         a backward pass: its FLOPs over the full forward's
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import numpy as np
 import torch
 
-from evalbench.cost.flops import count_flops
-from evalbench.cost.ledger import Ledger
+from evalbench.cost.flops import FlopCount, count, count_forward
+from evalbench.cost.ledger import Amount, Ledger
 from evalbench.interfaces import Cond, Denoiser, DenoiserWrap, Model, Step, Time, Want
 from evalbench.paths import Path
 
@@ -67,18 +75,38 @@ def convert(out: torch.Tensor, x: torch.Tensor, path: Path, t: Time, have: Want,
 class NetworkDoor(Denoiser):
     """Calls the model and writes the rows into the ledger under `role`. Nothing else calls a model.
 
+    FLOPs are counted once per call signature, in an extra call whose result is dropped (measurement, not use).
+
     Args:
         model: the network. path: its path, with start and end.
-        ledger: replaced for each batch by `Field`.
-        role: `base` for the model under test; other roles for auxiliary networks.
+        ledger: replaced for each batch by `Field`; doors of other roles share the base door's.
+        role: `base` for the model under test; another denoiser (`small`, `guide`) has its own name, and a `base`.
         grid: the suite's time grid.
+        base: the door whose full forward is the unit of cost; None for the base model's own.
     """
 
-    def __init__(self, model: Model, path: Path, grid: str, role: str = "base") -> None:
+    def __init__(
+        self, model: Model, path: Path, grid: str, role: str = "base", *, base: NetworkDoor | None = None
+    ) -> None:
+        if (base is None) != (role == "base"):
+            raise ValueError(f"role '{role}': every door but the base model's own needs base=, the base model's door")
         self.model, self.path, self.grid, self.role = model, path, grid, role
         self.shape, self.provides = model.shape, model.provides
-        self.ledger = Ledger(0)
-        self._flops: dict[tuple[Any, ...], float] = {}
+        self.base = base
+        self._ledger = Ledger(0)
+        self._counted: dict[tuple[Any, ...], FlopCount] = {}
+
+    @property
+    def ledger(self) -> Ledger:
+        """Where rows are written."""
+        return self._ledger if self.base is None else self.base.ledger
+
+    @ledger.setter
+    def ledger(self, ledger: Ledger) -> None:
+        if self.base is None:
+            self._ledger = ledger
+        else:
+            self.base.ledger = ledger
 
     def __call__(
         self,
@@ -90,23 +118,66 @@ class NetworkDoor(Denoiser):
         step: Step | None = None,
         rows: np.ndarray | None = None,
     ) -> torch.Tensor:
-        times = _times(t)
-        alpha, sigma = like_rows(self.path.alpha(times), x), like_rows(self.path.sigma(times), x)
-
-        def forward() -> torch.Tensor:
-            return self.model.predict(x, t, alpha, sigma, cond.labels)
-
-        flops = self._flops_per_row(forward, x, t)
-        out = forward()
-        self.ledger.add_network(self.role, rows, len(x), cost=1.0, flops=flops)
+        flops = self._count("full", self._forward(x, t, cond), x, t, cond)
+        unit = self._unit(x, t, cond)
+        full_size = self.base is None and tuple(x.shape[1:]) == self.shape
+        out = self._forward(x, t, cond)()
+        self.ledger.add_network(self.role, rows, len(x), cost=1.0 if full_size else flops / unit, flops=flops)
         return convert(out, x, self.path, t, self.model.native, want)
 
-    def _flops_per_row(self, forward: Any, x: torch.Tensor, t: Time) -> float:
-        """Counted once per call signature, in an extra call whose result is dropped (it is measurement, not use)."""
-        signature = (tuple(x.shape), x.dtype, isinstance(t, torch.Tensor))
-        if signature not in self._flops:
-            self._flops[signature] = count_flops(forward) / len(x)
-        return self._flops[signature]
+    def partial(
+        self,
+        forward: Callable[[], torch.Tensor],
+        x: torch.Tensor,
+        t: Time,
+        cond: Cond,
+        want: Want = "x0",
+        *,
+        key: Hashable = "",
+        fraction: Amount | None = None,
+        rows: np.ndarray | None = None,
+    ) -> torch.Tensor:
+        """A call that runs a part of the network, or the network changed: a cache, an early exit, a pruned block.
+
+        Args:
+            forward: what is run instead; returns the native prediction at (x, t). It is called twice where its FLOPs
+                are counted, so it must not change what it reads.
+            key: names the way it runs; its FLOPs are counted once per key and call signature.
+            fraction: what each row computed, as a share of this network's full forward at x: a float, or (B,) where
+                rows stop at different depths. None: the share is the FLOPs of `forward` over the full forward's.
+            x, t, cond, want, rows: as in a full call.
+        """
+        full = self._count("full", self._forward(x, t, cond), x, t, cond)
+        unit = self._unit(x, t, cond)
+        flops: Amount = self._count(("partial", key), forward, x, t, cond) if fraction is None else fraction * full
+        out = forward()
+        # where the full forward is the unit, a declared share needs no FLOPs to be exact
+        is_unit = self.base is None and tuple(x.shape[1:]) == self.shape
+        cost = fraction if fraction is not None and is_unit else flops / unit
+        self.ledger.add_network(self.role, rows, len(x), cost=cost, flops=flops)
+        return convert(out, x, self.path, t, self.model.native, want)
+
+    def _forward(self, x: torch.Tensor, t: Time, cond: Cond) -> Callable[[], torch.Tensor]:
+        times = _times(t)
+        alpha, sigma = like_rows(self.path.alpha(times), x), like_rows(self.path.sigma(times), x)
+        return lambda: self.model.predict(x, t, alpha, sigma, cond.labels)
+
+    def _unit(self, x: torch.Tensor, t: Time, cond: Cond) -> float:
+        """FLOPs of a row of one full forward of the base model, at x's batch; NaN when they cannot be counted."""
+        base = self if self.base is None else self.base
+        if tuple(x.shape[1:]) != base.shape:
+            x = x.new_zeros(len(x), *base.shape)
+        base.ledger.base_flops = base._count("full", base._forward(x, t, cond), x, t, cond)
+        return base.ledger.base_flops
+
+    def _count(self, key: Hashable, forward: Callable[[], torch.Tensor], x: torch.Tensor, t: Time, cond: Cond) -> float:
+        """FLOPs per row of a call, counted once for its key and signature."""
+        signature = (key, tuple(x.shape), x.dtype, isinstance(t, torch.Tensor), cond.labels is None)
+        if signature not in self._counted:
+            self._counted[signature] = count_forward(forward)
+        found = self._counted[signature]
+        self.ledger.uncounted.update(found.uncounted)
+        return found.flops / len(x)
 
 
 class Field(DenoiserWrap):
@@ -133,3 +204,31 @@ class Field(DenoiserWrap):
     ) -> torch.Tensor:
         self.ledger.add_field(rows, len(x))
         return self.inner(x, t, cond, want, step=step, rows=rows)
+
+    def gradient(
+        self,
+        out: torch.Tensor,
+        x: torch.Tensor,
+        *,
+        grad_outputs: torch.Tensor | None = None,
+        rows: np.ndarray | None = None,
+    ) -> torch.Tensor:
+        """d out / d x by a backward pass, which is counted: once per row, with its FLOPs and their cost.
+
+        Evaluate the field on an x that requires a gradient, inside `torch.enable_grad()`; the graph is freed.
+
+        Args:
+            out: made from outputs of this field at x; a scalar, or any shape with `grad_outputs`.
+            x: where the field was evaluated, (B, *S). grad_outputs: as in `torch.autograd.grad`.
+            rows: index of the output sample each row is for; None means row i is for sample i.
+
+        Returns:
+            The gradient, (B, *S).
+        """
+        found: list[torch.Tensor] = []
+        measured = count(lambda: found.extend(torch.autograd.grad(out, x, grad_outputs)))
+        self.ledger.uncounted.update(measured.uncounted)
+        flops = measured.flops / len(x)
+        # the unit is known: the forward that made `out` counted it
+        self.ledger.add_backward(rows, len(x), cost=flops / self.ledger.base_flops, flops=flops)
+        return found[0]

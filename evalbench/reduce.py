@@ -99,13 +99,18 @@ def _checked(metric: Metric[Any], value: Value) -> MetricValue:
 
 
 def reduce_counts(store: Store, chunks: Sequence[Chunk]) -> dict[str, float]:
-    """Per-sample means of the ledger over a cell, and the 95th percentile of nfe; a missing count stays out."""
-    columns: dict[str, list[np.ndarray]] = {}
-    for chunk in chunks:
-        for name, values in store.read_chunk(chunk).items():
-            if name.startswith("count:"):
-                columns.setdefault(name.removeprefix("count:"), []).append(values)
-    joined: Mapping[str, np.ndarray] = {name: np.concatenate(blocks) for name, blocks in columns.items()}
+    """Per-sample means of the ledger over a cell, and the 95th percentile of nfe; a missing count stays out.
+
+    A count that only some chunks have (a role that was not always called) is zero in the others.
+    """
+    blocks = [
+        {name.removeprefix("count:"): values for name, values in store.read_chunk(chunk).items() if "count:" in name}
+        for chunk in chunks
+    ]
+    names = dict.fromkeys(name for block in blocks for name in block)
+    joined: Mapping[str, np.ndarray] = {
+        name: np.concatenate([block.get(name, np.zeros(len(block["nfe"]))) for block in blocks]) for name in names
+    }
     counts = {name: float(values.mean()) for name, values in joined.items() if np.isfinite(values).all()}
     if "nfe" in joined:
         counts["nfe_p95"] = float(np.percentile(joined["nfe"], 95))

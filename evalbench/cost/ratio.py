@@ -1,0 +1,85 @@
+"""How many times faster: the ratio of two medians, with an interval that knows where timings repeat.
+
+Timings of one process share its memory layout, clocks and neighbours, timings of one round share the moment; a
+bootstrap that treats them all as independent gives intervals that are far too short (Kalibera & Jones 2013, "Rigorous
+benchmarking in reasonable time"). So whole processes are resampled, in each of them rounds, in each round samples.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from evalbench.stats import Interval
+
+MIN_PROCESSES = 5  # with 4 the interval covers 86 %, with 3 83 % where processes differ more than their samples do
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Median of one arm over the median of the other.
+
+    Attributes:
+        value: below 1 the first arm is faster.
+        interval: 95 %; None with fewer than `MIN_PROCESSES`, which cannot say how processes differ.
+        processes: fresh processes per arm.
+    """
+
+    value: float
+    interval: Interval | None
+    processes: int
+
+
+def median_ratio(a: np.ndarray, b: np.ndarray, *, paired: bool = True, resamples: int = 1000, seed: int = 0) -> Ratio:
+    """median(a) / median(b) by a hierarchical bootstrap over process, round and sample.
+
+    The interval holds the 2.5 % and 97.5 % quantiles of the ratios drawn. On synthetic timings of 5 processes it covers
+    94 % where processes differ most, up to 100 % where only single samples do (tests/cost/test_ratio.py).
+
+    Args:
+        a, b: positive seconds, (processes, rounds, samples).
+        paired: process and round i of both arms ran together (interleaved), so they are drawn together.
+        resamples: bootstrap draws. seed: of the draws; equal input gives equal output.
+
+    Raises:
+        ValueError: shapes that are not (P, R, S), or paired with different P or R; values not finite and positive.
+    """
+    _check(a, b, paired)
+    value = float(np.median(a) / np.median(b))
+    processes = min(len(a), len(b))
+    if processes < MIN_PROCESSES:
+        return Ratio(value, None, processes)
+    rng = np.random.default_rng(seed)
+    draws = [_draw(rng, a, b, paired) for _ in range(resamples)]
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return Ratio(value, Interval(float(low), float(high)), processes)
+
+
+def _check(a: np.ndarray, b: np.ndarray, paired: bool) -> None:
+    for arm in (a, b):
+        if arm.ndim != 3 or arm.size == 0:
+            raise ValueError(f"timings are (processes, rounds, samples), got shape {arm.shape}")
+        if not (np.isfinite(arm).all() and (arm > 0).all()):
+            raise ValueError("timings must be finite and above 0")
+    if paired and a.shape[:2] != b.shape[:2]:
+        raise ValueError(f"paired arms have the same processes and rounds, got {a.shape[:2]} and {b.shape[:2]}")
+
+
+def _draw(rng: np.random.Generator, a: np.ndarray, b: np.ndarray, paired: bool) -> float:
+    """One resampled ratio."""
+    blocks_a = _blocks(rng, a.shape)
+    blocks_b = blocks_a if paired else _blocks(rng, b.shape)
+    return _median(rng, a, blocks_a) / _median(rng, b, blocks_b)
+
+
+def _blocks(rng: np.random.Generator, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Processes (P, 1) and, for each drawn one, rounds (P, R)."""
+    processes, rounds = shape[0], shape[1]
+    return rng.integers(processes, size=(processes, 1)), rng.integers(rounds, size=(processes, rounds))
+
+
+def _median(rng: np.random.Generator, arm: np.ndarray, blocks: tuple[np.ndarray, np.ndarray]) -> float:
+    drawn = arm[blocks]  # (P, R, S)
+    picks = rng.integers(arm.shape[2], size=drawn.shape)
+    return float(np.median(np.take_along_axis(drawn, picks, axis=2)))
