@@ -6,14 +6,11 @@ suite's size (a short one is padded with the following indices and the padding d
 
 from __future__ import annotations
 
-import hashlib
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,8 +26,9 @@ from evalbench.metrics.images import check_images, to_uint8
 from evalbench.noise import NoiseSource
 from evalbench.paths import Path as NoisePath
 from evalbench.paths import make_path
+from evalbench.references import check_reference_file, read_reference
 from evalbench.registry import Chain
-from evalbench.spec import GRID_SAMPLES, Cell, Chunk, Failure, Latency, Reference, Suite
+from evalbench.spec import GRID_SAMPLES, Cell, Chunk, Failure, Latency, Suite
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -160,7 +158,17 @@ def _compute(job: Job, setup: Setup, extractors: Mapping[str, Extractor]) -> dic
         _batch(job, setup, chain, extractors, range(first, first + batch), min(batch, stop - first))
         for first in range(start, stop, batch)
     ]
-    return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
+    return {name: np.concatenate([_column(block, name) for block in blocks]) for name in _names(blocks)}
+
+
+def _names(blocks: Sequence[Mapping[str, np.ndarray]]) -> list[str]:
+    return list(dict.fromkeys(name for block in blocks for name in block))
+
+
+def _column(block: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+    """An array of a batch; a count that only other batches have is zero in this one."""
+    missing_count = name.startswith("count:") and name not in block
+    return np.zeros(len(block["count:nfe"])) if missing_count else block[name]
 
 
 def _batch(
@@ -243,6 +251,9 @@ def _check(batch: SampleBatch, keep: int) -> None:
 def _counts(ledger: Ledger, keep: int) -> dict[str, np.ndarray]:
     counts = {"nfe": ledger.nfe, "cost": ledger.cost, "flops": ledger.flops}
     counts |= {f"evals.{role}": evals for role, evals in ledger.evals.items()}
+    counts |= {f"aux.{role}": rows for role, rows in ledger.aux.items()}
+    if ledger.backward.any():
+        counts["backward"] = ledger.backward
     counts["depth"] = np.full(ledger.batch, float(ledger.depth))
     return {f"count:{name}": values[:keep] for name, values in counts.items()}
 
@@ -263,14 +274,6 @@ def _extractor(name: str, device: str) -> Extractor:
 # --- references -----------------------------------------------------------------------------------------------------
 
 
-def reference_file(suite: Suite, reference: Reference) -> Path:
-    """Where a reference file lies: inside the package, or beside the suite's TOML."""
-    inside, _, name = reference.file.partition(":")
-    if inside == "evalbench" and name:
-        return Path(str(files("evalbench"))).joinpath(*name.split("/"))
-    return Path(suite.folder) / reference.file
-
-
 def check_suite(suite: Suite) -> None:
     """Everything about a suite that can be wrong before the first sample is drawn.
 
@@ -283,15 +286,7 @@ def check_suite(suite: Suite) -> None:
     for key, reference in suite.references.items():
         if reference.model:
             continue
-        file = reference_file(suite, reference)
-        if not file.is_file():
-            raise UserError(f"suite '{suite.name}': reference '{key}' names {file}, which does not exist")
-        digest = hashlib.sha256(file.read_bytes()).hexdigest()
-        if digest != reference.sha256:
-            raise UserError(
-                f"suite '{suite.name}': reference '{key}' has SHA-256 {digest[:16]}..., the suite says "
-                f"{reference.sha256[:16] or 'nothing'}...; restore the file or correct the suite"
-            )
+        check_reference_file(suite, key)
 
 
 def load_reference(suite: Suite, key: str, plugins: Mapping[str, str]) -> Parts | None:
@@ -301,9 +296,7 @@ def load_reference(suite: Suite, key: str, plugins: Mapping[str, str]) -> Parts 
         return None
     if reference.model:
         return prepare(suite, plugins).model.reference(key)
-    from safetensors.numpy import load_file
-
-    return load_file(reference_file(suite, reference))
+    return read_reference(suite, key)
 
 
 # --- latency --------------------------------------------------------------------------------------------------------

@@ -1,0 +1,150 @@
+"""Paired differences of a metric between two cells, new - base, with the effect of each sample on them. No torch.
+
+Row i of both cells comes from the same noise. Every route gives an estimate d whose O(1/N) bias is gone, and its
+influence psi (n,): se(d) = sd(psi) / sqrt(n), whatever the two cells have in common. The plug-in difference of a set
+distance is no route: its bias favours the sampler with too little variance (docs/metrics.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Literal, TypeAlias
+
+import numpy as np
+
+from evalbench.interfaces import Parts
+from evalbench.metrics.common import Array, reference_rows
+from evalbench.metrics.frechet import paired_difference, unpack_statistics
+from evalbench.metrics.kernel import mmd2
+
+Rows: TypeAlias = Literal["features", "scores", "errors"]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """new - base in the metric's unit, its standard error, and what must stand beside it.
+
+    Attributes:
+        n: samples, of each cell. note: such as `N < 8 d`.
+    """
+
+    value: float
+    se: float
+    n: int
+    note: str = ""
+
+
+class TooFewSamples(Exception):
+    """The statistic has no verdict at this N; the message says why."""
+
+
+@dataclass(frozen=True)
+class Route:
+    """How two cells are compared in one metric.
+
+    Attributes:
+        statistic: what is compared, in words. rows: what it is computed from: feature rows (N, D), one score per
+            sample (N,), or the paired error of each sample (N,).
+        compute: (base, new, reference) -> Difference. reference: key of the reference, `{}` for the features' name;
+            empty when it needs none.
+    """
+
+    statistic: str
+    rows: Rows
+    compute: Callable[[Array, Array, Parts], Difference]
+    reference: str = ""
+
+
+def frechet_difference(base: Array, new: Array, reference: Parts) -> Difference:
+    """Half-split extrapolated difference of Frechet distances (`frechet.paired_difference`).
+
+    Raises:
+        TooFewSamples: N < 4 d, where a half has too few samples for its covariance.
+    """
+    n, dims = base.shape
+    if n < 4 * dims:
+        raise TooFewSamples(f"N too small for d: {n} samples, {dims} dimensions; a verdict needs {4 * dims}")
+    found = paired_difference(new, base, unpack_statistics(reference))
+    assert found.se is not None
+    return Difference(found.value, found.se, n, f"N < 8 d ({n} samples, {dims} dimensions)" if n < 8 * dims else "")
+
+
+def kernel_difference(base: Array, new: Array, reference: Parts) -> Difference:
+    """Difference of the unbiased squared MMDs to the same reference rows."""
+    if len(base) < 4:
+        raise TooFewSamples(f"N too small: {len(base)} samples; a U-statistic with its error needs 4")
+    y = reference_rows("kid", "reference", reference, base.shape[1])
+    a, b = mmd2(new, y), mmd2(base, y)
+    return _from_influence(a.value - b.value, a.influence - b.influence)
+
+
+def mean_difference(base: Array, new: Array, reference: Parts) -> Difference:
+    """Mean of the differences sample by sample."""
+    _need_two(base)
+    gap = new - base
+    return _from_influence(float(gap.mean()), gap)
+
+
+def rms_difference(base: Array, new: Array, reference: Parts) -> Difference:
+    """Difference of root mean squares; psi by the delta method."""
+    _need_two(base)
+    (a, psi_a), (b, psi_b) = (_rms(x) for x in (new, base))
+    return _from_influence(a - b, psi_a - psi_b)
+
+
+def quantile_difference(q: float) -> Callable[[Array, Array, Parts], Difference]:
+    """Difference of the q-quantiles; psi = (q - [x <= Q]) / f(Q), f from `_sparsity`."""
+
+    def compute(base: Array, new: Array, reference: Parts) -> Difference:
+        if len(base) < 20:
+            raise TooFewSamples(f"N too small: {len(base)} samples; a difference of quantiles needs 20")
+        (a, psi_a), (b, psi_b) = (_quantile(x, q) for x in (new, base))
+        return _from_influence(a - b, psi_a - psi_b)
+
+    return compute
+
+
+def _from_influence(value: float, psi: Array) -> Difference:
+    return Difference(value, float(np.std(psi, ddof=1) / np.sqrt(len(psi))), len(psi))
+
+
+def _need_two(x: Array) -> None:
+    if len(x) < 2:
+        raise TooFewSamples(f"N too small: {len(x)} samples; a mean with its error needs 2")
+
+
+def _rms(x: Array) -> tuple[float, Array]:
+    squares: Array = np.square(x)
+    value = float(np.sqrt(squares.mean()))
+    return value, (squares - value**2) / (2 * value) if value > 0 else squares
+
+
+def _quantile(x: Array, q: float) -> tuple[float, Array]:
+    value = float(np.quantile(x, q))
+    return value, np.where(x <= value, q - 1.0, q) * np.float64(_sparsity(x, q))
+
+
+def _sparsity(x: Array, q: float) -> float:
+    """1 / f(Q) by the difference quotient of the quantile function, Bofinger's bandwidth (Koenker 2005, 3.4.1)."""
+    normal = NormalDist()
+    z = normal.inv_cdf(q)
+    h: float = len(x) ** -0.2 * (4.5 * normal.pdf(z) ** 4 / (2 * z**2 + 1) ** 2) ** 0.2
+    h = min(h, 0.9 * q, 0.9 * (1 - q))
+    low, high = np.quantile(x, [q - h, q + h])
+    return float(high - low) / (2 * h)
+
+
+ROUTES: Mapping[str, Route] = {
+    "fd": Route("half-split extrapolated paired difference", "features", frechet_difference, "{}"),
+    "fd_to_converged": Route(
+        "half-split extrapolated paired difference", "features", frechet_difference, "converged/{}"
+    ),
+    "kid": Route("unbiased paired difference", "features", kernel_difference, "{}"),
+    "accuracy": Route("paired difference of means", "scores", mean_difference),
+    "align": Route("paired difference of means", "scores", mean_difference),
+    "paired-median": Route("paired difference of medians", "errors", quantile_difference(0.5)),
+    "paired-p90": Route("paired difference of 90th percentiles", "errors", quantile_difference(0.9)),
+    "paired-rms": Route("paired difference of root mean squares", "errors", rms_difference),
+}
