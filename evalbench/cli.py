@@ -31,6 +31,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+references = typer.Typer(help="Reference statistics of images: make, show, verify.")
+app.add_typer(references, name="reference")
+
 Methods = Annotated[str | None, typer.Option("--methods", help="Methods, comma-separated: 'ddim(eta=0.5),unipc'.")]
 Method = Annotated[list[str] | None, typer.Option("--method", help="One method; may be repeated.")]
 Nfe = Annotated[str | None, typer.Option("--nfe", help="Budgets of network evaluations: 5,10,20.")]
@@ -154,6 +157,87 @@ def report(
         if name not in FORMATS:
             raise unknown("format", name, FORMATS)
     _write_report(run_folder, formats)
+
+
+@app.command()
+def compare(
+    base: Annotated[Path, typer.Argument(help="Run folder to compare with.")],
+    new: Annotated[Path, typer.Argument(help="Run folder to judge.")],
+    tolerance: Annotated[
+        str | None, typer.Option("--tolerance", help="METRIC=NUMBER,... in the metric's unit.")
+    ] = None,
+    junit: Annotated[Path | None, typer.Option("--junit", help="Write JUnit XML.")] = None,
+    json_: Annotated[Path | None, typer.Option("--json", help="Write JSON.")] = None,
+    format_: Annotated[str, typer.Option("--format", help="What is printed: console, md or json.")] = "console",
+    strict: Annotated[bool, typer.Option("--strict", help="Undecided cells fail too.")] = False,
+    fast: Annotated[bool, typer.Option("--fast", help="Only: are the first 64 samples the same?")] = False,
+    base_method: Annotated[str | None, typer.Option("--base-method", help="Compare this method of BASE ...")] = None,
+    new_method: Annotated[str | None, typer.Option("--new-method", help="... with this one of NEW.")] = None,
+) -> None:
+    """Verdicts per cell: better, worse, indistinguishable, undecided; exit 1 for a regression, 3 not comparable."""
+    from evalbench.compare import compare_command
+
+    code = compare_command(
+        base,
+        new,
+        tolerance,
+        junit=junit,
+        json_path=json_,
+        fmt=format_,
+        strict=strict,
+        fast=fast,
+        base_method=base_method,
+        new_method=new_method,
+    )
+    raise typer.Exit(code)
+
+
+@app.command()
+def score(
+    source: Annotated[str, typer.Argument(metavar="IMAGES", help="Folder, .zip, or .npz of uint8 images.")],
+    metrics: Annotated[str, typer.Option("--metrics", help="Metric ids: fd@fashion64,kid@fashion64.")],
+    reference: Annotated[str | None, typer.Option("--reference", help="Statistics file, or images.")] = None,
+    labels: Annotated[str | None, typer.Option("--labels", help="Text file, one class number per image.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="One JSON object, with the protocol.")] = False,
+    allow_small_n: SmallN = False,
+) -> None:
+    """Quality metrics of images that exist already."""
+    from evalbench.score import score_command
+
+    wanted = _words(metrics, "--metrics")
+    score_command(source, reference, wanted, json_, labels=labels, allow_small_n=allow_small_n)
+
+
+@references.command()
+def make(
+    source: Annotated[str, typer.Argument(metavar="IMAGES", help="Folder, .zip, or .npz of uint8 images.")],
+    features: Annotated[str, typer.Option("--features", help="Extractor, such as fashion64.")],
+    out: Annotated[Path, typer.Option("--out", help="File to write, .safetensors.")],
+    keep: Annotated[int, typer.Option("--keep", help="Features to keep, for kid, precision and recall.")] = 10_240,
+) -> None:
+    """Write mean, covariance and features of images, with their facts."""
+    from evalbench.reference_files import make_command
+
+    make_command(source, features, out, keep)
+
+
+@references.command()
+def show(file: Annotated[Path, typer.Argument(help="Reference file.")]) -> None:
+    """Print the facts of a reference file."""
+    from evalbench.reference_files import show_command
+
+    show_command(file)
+
+
+@references.command()
+def verify(
+    file: Annotated[Path, typer.Argument(help="Reference file.")],
+    source: Annotated[str | None, typer.Option("--source", help="The images it was made of.")] = None,
+) -> None:
+    """Check digest, finite numbers, and that the covariance is one."""
+    from evalbench.reference_files import verify_command
+
+    verify_command(file, source)
 
 
 @app.command()

@@ -37,11 +37,15 @@ ARROWS: dict[str, set[str]] = {
     "models": {"registry", "denoiser", "models.nets"},
     "models.references": {"worker", "models.nets"},  # scripts that make what suites refer to; nothing imports them
     "metrics": {"registry", "stats", "models.nets"},
+    "images_in": {"interfaces"},
+    "reference_files": {"metrics", "images_in"},
+    "score": {"reference_files"},
     "store": {"spec"},
     "reduce": {"metrics", "store", "stats"},
-    "compare": {"stats", "store"},
+    "references": {"spec"},
+    "compare": {"stats", "store", "metrics", "references", "report"},  # the paired statistics; the rendering
     "report": {"store", "stats"},
-    "worker": {"models", "metrics", "engine", "cost", "environment"},
+    "worker": {"models", "metrics", "engine", "cost", "environment", "references"},
     "cluster": {"worker"},
     "runner": {"cluster", "worker", "reduce", "store"},
 }
@@ -391,6 +395,8 @@ def test_heavy_libraries_are_noticed():
     assert "pandas" in loaded_by("import pandas")
 
 
-@pytest.mark.parametrize("module", ["evalbench", "evalbench.cli", "evalbench.registry", "evalbench.spec"])
+@pytest.mark.parametrize(
+    "module", ["evalbench", "evalbench.cli", "evalbench.registry", "evalbench.spec", "evalbench.compare"]
+)
 def test_starts_without_heavy_libraries(module):
     assert loaded_by(f"import {module}") == set()

@@ -115,6 +115,54 @@ def test_a_corrupt_record_exits_4(tmp_path: Path) -> None:
     assert "line 1 is not a record" in result.stderr
 
 
+def test_compare_exit_codes(tmp_path: Path) -> None:
+    for name, methods in (("a", "ddim,unipc"), ("b", "ddim,unipc"), ("other", "heun")):
+        command = ["run", "gmm-smooth", "--out", tmp_path / name, "--methods", methods, "--nfe", "5"]
+        done = cli(*command, "--serial", "--samples", "256", "--batch", "64", "--metrics", "paired-median@identity")
+        assert done.returncode == 0, done.stderr
+    same = cli("compare", tmp_path / "a", tmp_path / "b", "--junit", tmp_path / "j.xml", "--json", tmp_path / "v.json")
+    assert (same.returncode, "indistinguishable" in same.stdout) == (0, True), same.stdout + same.stderr
+    assert json.loads((tmp_path / "v.json").read_text())
+    assert (tmp_path / "j.xml").read_text().startswith("<?xml")
+    between = ["--base-method", "unipc", "--new-method", "ddim"]
+    worse = cli("compare", tmp_path / "a", tmp_path / "a", *between)
+    assert worse.returncode == 1, worse.stderr
+    assert "worse" in worse.stdout
+    assert cli("compare", tmp_path / "a", tmp_path / "other").returncode == 3
+    assert cli("compare", tmp_path / "a", tmp_path / "none").returncode == 2
+    (tmp_path / "b" / "records.jsonl").write_text("rubbish\n")
+    assert cli("compare", tmp_path / "a", tmp_path / "b").returncode == 4
+
+
+def test_score_of_exported_images_and_its_references(tmp_path: Path) -> None:
+    run_args = [
+        "run",
+        "fashion-mixture",
+        "--out",
+        tmp_path / "r",
+        "--methods",
+        "ddim",
+        "--nfe",
+        "5",
+        "--samples",
+        "160",
+    ]
+    options = ["--serial", "--batch", "32", "--metrics", "fd@fashion64", "--save-samples"]
+    assert cli(*run_args, *options).returncode == 0
+    npz = cli("export", tmp_path / "r", "--layout", "adm-npz", "--to", tmp_path / "e").stdout.strip()
+    made = cli("reference", "make", npz, "--features", "fashion64", "--out", tmp_path / "ref.safetensors")
+    assert made.returncode == 0, made.stderr
+    assert cli("reference", "verify", tmp_path / "ref.safetensors", "--source", npz).returncode == 0
+    assert "160" in cli("reference", "show", tmp_path / "ref.safetensors").stdout
+    scored = cli("score", npz, "--reference", tmp_path / "ref.safetensors", "--metrics", "fd@fashion64", "--json")
+    assert scored.returncode == 0, scored.stderr
+    (fd,) = json.loads(scored.stdout)["scores"]
+    assert abs(fd["value"]) < 1e-3, "a set against itself"
+    refused = cli("score", tmp_path / "none", "--reference", npz, "--metrics", "fd@fashion64")
+    assert refused.returncode == 2
+    assert len(refused.stderr.strip().splitlines()) == 1
+
+
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     result = cli("run", "gmm-smoth", "--debug", cwd=tmp_path)
     assert result.returncode == 2

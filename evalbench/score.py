@@ -1,0 +1,268 @@
+"""Score images that exist already: `evalbench score`, and `score_images` for Python.
+
+The same extractors and metrics as a run, fed from files. Features are streamed; pixels are never held as a whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evalbench import registry
+from evalbench.errors import UserError
+from evalbench.images_in import Images, Seen, Source, open_source, sample_batches
+from evalbench.interfaces import Extractor, Metric, Value
+from evalbench.reference_files import Reference, is_foreign, of_images, read_reference
+
+_SHOWN = 3  # ids named in a message
+
+
+@dataclass(frozen=True)
+class Score:
+    """One metric's value, with what a table needs to show it."""
+
+    metric: str
+    value: Value
+    unit: str
+    higher_is_better: bool
+
+
+@dataclass(frozen=True)
+class ScoreResult:
+    """Scores of one set of images.
+
+    Attributes:
+        scores: in the order the metrics were asked for. n: images.
+        protocol: what makes the numbers comparable: `features` (extractor -> fingerprint), `source` and `references`
+            (name, digest, facts). notes: what must stand beside every number.
+    """
+
+    scores: tuple[Score, ...]
+    n: int
+    protocol: Mapping[str, Any]
+    notes: tuple[str, ...]
+
+    def __getitem__(self, metric: str) -> Value:
+        """The value of a metric id."""
+        return {score.metric: score.value for score in self.scores}[metric]
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as plain JSON types."""
+        return {
+            "n": self.n,
+            "scores": [
+                {
+                    "metric": score.metric,
+                    **dataclasses.asdict(score.value),
+                    "unit": score.unit,
+                    "higher_is_better": score.higher_is_better,
+                }
+                for score in self.scores
+            ],
+            "protocol": dict(self.protocol),
+            "notes": list(self.notes),
+        }
+
+
+def score_images(
+    source: Images,
+    *,
+    reference: Images | None,
+    metrics: Sequence[str],
+    labels: Sequence[int] | None = None,
+    allow_small_n: bool = False,
+) -> ScoreResult:
+    """Quality of images that exist already.
+
+    Args:
+        source: a folder, a .zip, an .npz (`arr_0`), or an iterable of uint8 arrays.
+        reference: statistics (.safetensors of evalbench, .npz with mu and sigma), or images as `source`; None where
+            no metric needs one.
+        metrics: ids such as `fd@fashion64`. labels: the class of each image in order, for `accuracy`.
+        allow_small_n: compute set distances below their least N, marked.
+
+    Raises:
+        UserError: anything that was given is wrong; the file is named.
+    """
+    wanted = _build(metrics, labels is not None)
+    opened, seen = open_source(source), Seen()
+    extractors = {name: registry.build_extractor(name) for metric in wanted for name in metric.needs}
+    references = _references(reference, wanted, extractors)
+    states: dict[str, Any] = {}
+    for batch in sample_batches(opened, seen, labels):
+        parts = {name: extract(batch).cpu().numpy() for name, extract in extractors.items()}
+        if not states:
+            _check_dimensions(references, parts)
+        for metric in wanted:
+            state = metric.update(parts)
+            states[metric.id] = metric.merge(states[metric.id], state) if metric.id in states else state
+    _check(opened, seen)
+    scores = []
+    for metric in wanted:
+        found = references.get(metric.reference_key)
+        arrays = None if found is None else found.arrays
+        value = metric.compute(states[metric.id], arrays, allow_small_n=allow_small_n)
+        scores.append(Score(metric.id, value, metric.unit, metric.higher_is_better))
+    return ScoreResult(
+        tuple(scores), seen.n, _protocol(opened, seen, extractors, references), _said(opened, references)
+    )
+
+
+def score_command(
+    source: str,
+    reference: str | None,
+    metrics: Sequence[str],
+    json_out: bool,
+    *,
+    labels: str | None = None,
+    allow_small_n: bool = False,
+) -> int:
+    """`evalbench score`: print a line per metric, or one JSON object.
+
+    Args:
+        source, reference, metrics, allow_small_n: as `score_images`. json_out: print JSON.
+        labels: a text file with one class number per line.
+    """
+    numbers = None if labels is None else read_labels(Path(labels))
+    result = score_images(source, reference=reference, metrics=metrics, labels=numbers, allow_small_n=allow_small_n)
+    print(json.dumps(result.to_json(), indent=1) if json_out else _table(result, source))
+    return 0
+
+
+def read_labels(file: Path) -> list[int]:
+    """Class numbers, one per line."""
+    try:
+        return [int(line) for line in file.read_text("utf-8").split()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"labels '{file}': write one whole number per line ({error})") from None
+
+
+# --- parts ----------------------------------------------------------------------------------------------------------
+
+
+def _build(metrics: Sequence[str], labelled: bool) -> list[Metric[Any]]:
+    """The metrics, each of which images alone can answer."""
+    if not metrics:
+        raise UserError("no metric was asked for; name one, such as --metrics fd@fashion64")
+    if len(set(metrics)) != len(metrics):
+        raise UserError(f"a metric is asked for twice: {', '.join(metrics)}")
+    wanted = [registry.build_metric(metric_id) for metric_id in metrics]
+    for metric in wanted:
+        if metric.paired:
+            raise UserError(
+                f"metric '{metric.id}' compares with a fine solution from the same noise; use `evalbench run`"
+            )
+        if metric.reference_key not in ("", *metric.needs):
+            raise UserError(f"metric '{metric.id}' needs a reference of the model itself; use `evalbench run`")
+        for name in metric.needs:
+            extractor = registry.get("extractor", name)
+            if extractor.missing():
+                raise UserError(extractor.missing())
+            needs = set(extractor.needs) if issubclass(extractor, Extractor) else set()
+            if "captions" in needs:
+                raise UserError(
+                    f"metric '{metric.id}' needs captions, which `score` does not read; use `evalbench run`"
+                )
+            if "labels" in needs and not labelled:
+                raise UserError(f"metric '{metric.id}' needs the class of each image; give --labels FILE")
+    return wanted
+
+
+def _references(
+    given: Images | None, wanted: Sequence[Metric[Any]], extractors: Mapping[str, Extractor]
+) -> dict[str, Reference]:
+    """The reference of each extractor that a metric compares features of."""
+    keys = sorted({metric.reference_key for metric in wanted} - {""})
+    if not keys:
+        return {}
+    if given is None:
+        raise UserError(f"metric '{wanted[0].id}' needs a reference; give --reference FILE or a folder of images")
+    if isinstance(given, str | Path) and _is_statistics(Path(given)):
+        if len(keys) > 1:
+            raise UserError(f"'{given}' holds one kind of features, the metrics need {', '.join(keys)}; give images")
+        return {keys[0]: _matching(read_reference(Path(given)), keys[0], extractors[keys[0]])}
+    if not isinstance(given, str | Path) and len(keys) > 1:
+        given = list(given)  # read once per extractor
+    return {key: of_images(given, key, extract=extractors[key]) for key in keys}
+
+
+def _is_statistics(path: Path) -> bool:
+    return path.suffix == ".safetensors" or (path.is_file() and path.suffix == ".npz" and is_foreign(path))
+
+
+def _matching(reference: Reference, key: str, extract: Extractor) -> Reference:
+    """The reference, if it was made by this very extractor as far as anybody can tell."""
+    made_by = reference.facts.get("extractor")
+    if made_by is not None and made_by != extract.fingerprint():
+        raise UserError(
+            f"reference '{reference.name}' was made by {made_by}, but features '{key}' are {extract.fingerprint()}"
+        )
+    return reference
+
+
+def _check_dimensions(references: Mapping[str, Reference], parts: Mapping[str, np.ndarray]) -> None:
+    """A file of unknown provenance may be of another network."""
+    for key, reference in references.items():
+        dims = parts[key].reshape(len(parts[key]), -1).shape[1]
+        for name in {"mean", "features"} & reference.arrays.keys():
+            if reference.arrays[name].shape[-1] != dims:
+                raise UserError(
+                    f"reference '{reference.name}' has {reference.arrays[name].shape[-1]} dimensions, features '{key}' "
+                    f"of these images have {dims}; it was made by another network or of another size"
+                )
+
+
+def _check(source: Source, seen: Seen) -> None:
+    """Images that no score may be computed from; none is ever dropped."""
+    for ids, what in ((seen.constant, "of one grey level"), (seen.repeated, "copies of others")):
+        if ids:
+            named = ", ".join(ids[:_SHOWN]) + (", ..." if len(ids) > _SHOWN else "")
+            raise UserError(
+                f"'{source.name}': {len(ids)} of {seen.n} images are {what} ({named}); remove or replace them"
+            )
+
+
+def _protocol(
+    source: Source, seen: Seen, extractors: Mapping[str, Extractor], references: Mapping[str, Reference]
+) -> dict[str, Any]:
+    return {
+        "features": {name: extract.fingerprint() for name, extract in extractors.items()},
+        "source": {
+            "name": source.name,
+            "kind": source.kind,
+            "n": seen.n,
+            "shape": list(seen.shape),
+            "pixels_sha256": seen.digest(),
+        },
+        "references": {
+            key: {"name": found.name, "sha256": found.sha256, "facts": dict(found.facts)}
+            for key, found in references.items()
+        },
+    }
+
+
+def _said(source: Source, references: Mapping[str, Reference]) -> tuple[str, ...]:
+    notes = [f"images: {note}" for note in source.notes]
+    notes += [f"reference {found.name}: {note}" for found in references.values() for note in found.notes]
+    return tuple(dict.fromkeys(notes))
+
+
+def _table(result: ScoreResult, source: str) -> str:
+    """One line per metric: value, interval, bias, note."""
+    lines = [f"{source}: {result.n} images"]
+    width = max(len(score.metric) for score in result.scores)
+    for score in result.scores:
+        value, arrow = score.value, "↑" if score.higher_is_better else "↓"
+        text = f"  {score.metric:<{width}} {arrow} {value.value:.4g}"
+        if value.low is not None and value.high is not None:
+            text += f"  [{value.low:.4g}, {value.high:.4g}]"
+        if value.bias is not None:
+            text += f"  bias {value.bias:+.2g}"
+        lines.append(text + f"  {score.unit}" + (f"  ({value.note})" if value.note else ""))
+    return "\n".join([*lines, *(f"note: {note}" for note in result.notes)])
