@@ -21,7 +21,6 @@ from evalbench import registry
 from evalbench.errors import EvalbenchError, UserError, unknown
 from evalbench.metrics.common import Array
 from evalbench.metrics.differences import ROUTES, Difference, Route, TooFewSamples
-from evalbench.references import check_reference_file, read_reference
 from evalbench.spec import (
     GRID_SAMPLES,
     SCHEMA,
@@ -36,6 +35,7 @@ from evalbench.spec import (
     parse_suite,
 )
 from evalbench.store import Store
+from evalbench.suite_references import check_reference_file, read_reference
 
 Word: TypeAlias = Literal["better", "worse", "indistinguishable", "undecided", "not comparable"]
 SameWord: TypeAlias = Literal["bit-identical", "same to rounding", "changed", "not comparable"]

@@ -26,9 +26,9 @@ from evalbench.metrics.images import check_images, to_uint8
 from evalbench.noise import NoiseSource
 from evalbench.paths import Path as NoisePath
 from evalbench.paths import make_path
-from evalbench.references import check_reference_file, read_reference
 from evalbench.registry import Chain
 from evalbench.spec import GRID_SAMPLES, Cell, Chunk, Failure, Latency, Suite
+from evalbench.suite_references import check_reference_file, read_reference
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 

@@ -42,10 +42,10 @@ ARROWS: dict[str, set[str]] = {
     "score": {"reference_files"},
     "store": {"spec"},
     "reduce": {"metrics", "store", "stats"},
-    "references": {"spec"},
-    "compare": {"stats", "store", "metrics", "references", "report"},  # the paired statistics; the rendering
+    "suite_references": {"spec"},
+    "compare": {"stats", "store", "metrics", "suite_references", "report"},  # the paired statistics; the rendering
     "report": {"store", "stats"},
-    "worker": {"models", "metrics", "engine", "cost", "environment", "references"},
+    "worker": {"models", "metrics", "engine", "cost", "environment", "suite_references"},
     "cluster": {"worker"},
     "runner": {"cluster", "worker", "reduce", "store"},
 }
