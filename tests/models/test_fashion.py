@@ -74,6 +74,14 @@ def test_denoiser_is_tweedie_of_its_own_density() -> None:
     torch.testing.assert_close(model().predict(x.detach(), 0.5, alpha, sigma, labels), expected)
 
 
+def test_density_of_a_row_does_not_depend_on_its_company() -> None:
+    x = noisy(0.7, 0.6, [3, 3])
+    mixed = model().log_density(x, 0.7, 0.6, torch.tensor([3, -1]))
+    for i, label in enumerate((3, -1)):
+        alone = model().log_density(x[i : i + 1], 0.7, 0.6, torch.tensor([label]))
+        torch.testing.assert_close(mixed[i : i + 1], alone)
+
+
 def test_float32_keeps_the_digits() -> None:
     for alpha, sigma in ((0.9999, 0.01), (0.5, 0.86), (0.0066, 1.0)):
         x, labels = noisy(alpha, sigma, list(range(10))), torch.arange(10)

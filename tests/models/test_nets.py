@@ -165,8 +165,15 @@ def test_efficientnet_takes_grey_and_colour(images_and_labels):
     assert float((features[0] - features[1]).abs().max()) > 0.1
 
 
-def test_efficientnet_digest_is_of_the_packages_file():
-    assert len(nets.weights_sha256("efficientnet-lite0")) == 64
+def test_efficientnet_weights_of_another_digest_are_refused_unread(monkeypatch, tmp_path):
+    assert nets.weights_sha256("efficientnet-lite0").startswith("57934424")  # as in the package's file name
+    other = tmp_path / "other.pth"
+    other.write_bytes(b"not these weights")
+    monkeypatch.setattr(nets, "_weights_file", lambda name: other)
+    nets.weights_sha256.cache_clear()
+    for use in (nets.load_efficientnet_lite0, lambda: nets.weights_sha256("efficientnet-lite0")):
+        with pytest.raises(UserError, match=r"other\.pth has SHA-256 [0-9a-f]{16}\.\.\., not 5793442[0-9a-f]+\.\.\."):
+            use()
 
 
 def test_missing_package_says_what_to_type(monkeypatch):
