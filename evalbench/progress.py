@@ -9,6 +9,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 
+MOST_DRAG = 1.3
+
+
 class CostModel:
     """Seconds of a piece as a * forwards + b * samples, fitted to the pieces that landed."""
 
@@ -89,7 +92,8 @@ class Phase:
         """Wall time over the pieces' own time: what writing, reducing and waiting add. 1 until that is known."""
         if self._paid <= 0.0:
             return 1.0
-        return min(2.0, max(1.0, (self._last - self._first) * self.workers / self._paid))
+        # more than the bound is not drag: it is a worker that has not begun yet
+        return min(MOST_DRAG, max(1.0, (self._last - self._first) * self.workers / self._paid))
 
     def seconds_left(self, per_forward: float | None) -> float | None:
         """Wall seconds, by this phase's own pieces; before the first, by another phase's seconds per forward."""

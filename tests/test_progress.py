@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from evalbench.progress import CostModel, Phase, ProgressBar
+from evalbench.progress import MOST_DRAG, CostModel, Phase, ProgressBar
 
 
 def test_the_cost_model_finds_both_costs() -> None:
@@ -29,9 +29,16 @@ def test_one_kind_of_piece_says_nothing_about_another() -> None:
 
 def test_drag_is_what_the_wall_adds() -> None:
     phase = Phase(forwards=100, samples=10, workers=2)
-    for i in range(14):  # two workers, a piece of 1 s lands every 0.75 s instead of every 0.5 s
-        phase.landed(5, 1, 1.0, clock=0.75 * i)
-    assert phase.drag == pytest.approx(1.5)
+    for i in range(14):  # two workers, a piece of 1 s lands every 0.6 s instead of every 0.5 s
+        phase.landed(5, 1, 1.0, clock=0.6 * i)
+    assert phase.drag == pytest.approx(1.2)
+
+
+def test_a_worker_that_has_not_begun_is_not_drag() -> None:
+    phase = Phase(forwards=100, samples=10, workers=2)
+    for i in range(14):  # one of two workers lands a piece of 1 s each second
+        phase.landed(5, 1, 1.0, clock=1.0 * i)
+    assert phase.drag == MOST_DRAG
 
 
 def test_the_bar_covers_all_phases() -> None:
