@@ -8,7 +8,6 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-
 MOST_DRAG = 1.3
 
 
@@ -97,6 +96,8 @@ class Phase:
 
     def seconds_left(self, per_forward: float | None) -> float | None:
         """Wall seconds, by this phase's own pieces; before the first, by another phase's seconds per forward."""
+        if 0 < self._pieces < 2 * self.workers and self.forwards:
+            return None  # the first piece of each worker pays for warming up
         own = self.cost.seconds(self.forwards, self.samples)
         if own is None and self._pieces == 0 and per_forward is not None:
             own = per_forward * self.forwards
