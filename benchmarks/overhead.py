@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from evalbench import registry, runner, worker
+from evalbench import registry, runner, sampling
 from evalbench.denoiser import convert
 from evalbench.interfaces import SampleBatch
 from evalbench.metrics.images import to_uint8
@@ -49,7 +49,7 @@ def harness(suite_name: str) -> float:
 def bare(suite_name: str) -> float:
     """Seconds of what a researcher would write by hand: DDIM by its formula, then the features."""
     suite = load_suite(suite_name)
-    setup = worker.prepare(suite.override(samples=SAMPLES), {})
+    setup = sampling.setup_of(suite.override(samples=SAMPLES), {})
     model, path, batch = setup.model, setup.path, suite.sampling.batch
     extractors = [registry.build_extractor(name) for name in PARTS]
     times = grid(path, suite.sampling.grid, NFE)
@@ -57,7 +57,7 @@ def bare(suite_name: str) -> float:
     with torch.no_grad():
         for first in range(0, SAMPLES, batch):
             indices = range(first, first + batch)
-            cond = worker.conditions(suite, model, indices, setup.device)
+            cond = sampling.conditions(suite, model, indices, setup.device)
             x = NoiseSource(0, indices, model.shape).start() * float(path.sigma(path.t_start))
             for s, t in pairwise(times):
                 out = model.predict(x, s, float(path.alpha(s)), float(path.sigma(s)), cond.labels)

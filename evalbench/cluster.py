@@ -12,7 +12,7 @@ import ray
 from evalbench import worker
 from evalbench.errors import EvalbenchError
 from evalbench.spec import Failure
-from evalbench.worker import ChunkFailure, ChunkResult, Job, LatencyJob, LatencyResult, Timing
+from evalbench.worker import Job, JobFailure, LatencyJob, LatencyResult, Outcome, PrepareJob, Timing
 
 _RETRIES = 3  # a chunk whose worker died this often is quarantined as an error of its cell
 
@@ -23,7 +23,7 @@ class _Worker:
     def environment(self) -> dict[str, Any]:
         return worker.describe()
 
-    def run(self, job: Job) -> ChunkResult | ChunkFailure:
+    def run(self, job: Job | PrepareJob) -> Outcome:
         return worker.run_job(job)
 
     def latency(self, job: LatencyJob) -> Iterator[Timing | LatencyResult]:
@@ -56,11 +56,11 @@ class RayExecutor:
         found: dict[str, Any] = ray.get(self._actors[0].environment.remote())
         return found
 
-    def map(self, jobs: Iterator[Job]) -> Iterator[ChunkResult | ChunkFailure]:
+    def map(self, jobs: Iterator[Job | PrepareJob]) -> Iterator[Outcome]:
         """Outcomes as they land. A worker that dies is replaced and its job tried again."""
         idle = list(range(self.workers))
-        running: dict[Any, tuple[int, Job, int]] = {}  # reference -> (actor, job, tries)
-        again: list[tuple[Job, int]] = []
+        running: dict[Any, tuple[int, Job | PrepareJob, int]] = {}  # reference -> (actor, job, tries)
+        again: list[tuple[Job | PrepareJob, int]] = []
         while True:
             while idle:
                 job, tries = again.pop() if again else (next(jobs, None), 0)
@@ -118,8 +118,6 @@ def _connect(address: str | None, workers: int | None) -> bool:
     return True
 
 
-def _quarantined(job: Job, error: Exception) -> ChunkFailure:
-    message = f"worker died {_RETRIES} times on samples {job.chunk.start}-{job.chunk.stop - 1}"
-    return ChunkFailure(
-        job, Failure(type=type(error).__name__, message=message, traceback=str(error)), unsupported=False
-    )
+def _quarantined(job: Job | PrepareJob, error: Exception) -> JobFailure:
+    message = f"worker died {_RETRIES} times on {job}"
+    return JobFailure(job, Failure(type=type(error).__name__, message=message, traceback=str(error)), unsupported=False)

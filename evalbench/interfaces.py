@@ -5,12 +5,15 @@ Shapes: B samples, `*S` the shape of one sample, usually (C, H, W) or (F, C, H, 
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Generic, Literal, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Self, TypeAlias, TypeVar
 
 import numpy as np
+
+from evalbench.errors import Unsupported
 
 if TYPE_CHECKING:
     import torch
@@ -23,8 +26,9 @@ if TYPE_CHECKING:
 #   v         alpha eps - sigma x0 (Salimans & Ho 2022)
 #   velocity  dx/dt of the probability flow, alpha' x0 + sigma' eps
 #   score     -eps / sigma
-Want: TypeAlias = Literal["x0", "eps", "v", "velocity", "score"]
-Time: TypeAlias = "float | torch.Tensor"  # one time for all rows, or one per row (B,)
+#   probs     probabilities of clean tokens, (B, L, V), for integer states
+Want: TypeAlias = Literal["x0", "eps", "v", "velocity", "score", "probs"]
+Time: TypeAlias = "float | torch.Tensor"  # one time for all rows, one per row (B,), or one per element (B, *S)
 
 
 class Registered:
@@ -52,16 +56,24 @@ class Cond:
     Attributes:
         labels: int64 (B,), -1 is the null label; None for an unconditional model.
         captions: one text per sample, for text-image scores and text-conditional models; None without texts.
+        measured: y of an inverse problem, (B, *M); None in every other suite.
     """
 
     labels: torch.Tensor | None = None
     captions: tuple[str, ...] | None = None
+    measured: torch.Tensor | None = None
 
     def null(self) -> Cond:
         """The unconditional branch of guidance: all labels -1, all captions empty."""
         labels = None if self.labels is None else self.labels.new_full(self.labels.shape, -1)
         captions = None if self.captions is None else ("",) * len(self.captions)
-        return Cond(labels, captions)
+        return Cond(labels, captions, self.measured)
+
+    def rows(self, indices: torch.Tensor) -> Cond:
+        """The conditions of some rows: int64 indices into the batch, (b,)."""
+        captions = None if self.captions is None else tuple(self.captions[i] for i in indices.tolist())
+        labels = None if self.labels is None else self.labels[indices]
+        return Cond(labels, captions, None if self.measured is None else self.measured[indices])
 
 
 @dataclass(frozen=True)
@@ -112,7 +124,7 @@ class Denoiser(ABC):
 
         Args:
             x: states, (B, *S).
-            t: a time in (0, t_start], or one per row.
+            t: a time in (0, t_start], one per row, or one per element.
             cond: conditions, one per row.
             want: what to return; conversions from the network's own prediction are exact and linear.
             step: where the trajectory stands; None outside a step loop.
@@ -122,6 +134,80 @@ class Denoiser(ABC):
             The prediction, (B, *S), dtype of x.
         """
 
+    def gradient(
+        self,
+        out: torch.Tensor,
+        x: torch.Tensor,
+        *,
+        grad_outputs: torch.Tensor | None = None,
+        rows: np.ndarray | None = None,
+    ) -> torch.Tensor:
+        """d out / d x by a backward pass, which is counted: once per row, with its FLOPs and their cost.
+
+        Evaluate the denoiser on an x that requires a gradient, inside `torch.enable_grad()`; the graph is freed.
+
+        Args:
+            out: made from outputs of this denoiser at x; a scalar, or any shape with `grad_outputs`.
+            x: where it was evaluated, (B, *S). grad_outputs: as in `torch.autograd.grad`.
+            rows: index of the output sample each row is for; None means row i is for sample i.
+
+        Returns:
+            The gradient, (B, *S).
+        """
+        raise Unsupported("not supported: needs gradient")
+
+    def jvp(
+        self, x: torch.Tensor, t: float, cond: Cond, want: Want, dx: torch.Tensor, dt: float = 0.0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The prediction at (x, t) and its derivative along (dx, dt), by forward-mode differentiation.
+
+        Counted as an evaluation and, for the derivative, as a backward pass (`backward` counts derivatives of either
+        mode). Rows are samples 0..B-1.
+
+        Args:
+            x, dx: (B, *S). t, dt: time and its direction. cond, want: as in a call.
+        """
+        raise Unsupported("not supported: needs gradient")
+
+    def role(self, name: str) -> Denoiser:
+        """The same field of another model of the suite (`[roles.NAME]` in its TOML): `small`, `student`, `guide`.
+
+        Guidance and wraps that stand between here and the network stay; rows, FLOPs and cost are counted under its
+        role, in units of the base model.
+
+        Raises:
+            Unsupported: the suite has no model of that role.
+        """
+        raise Unsupported(f"not supported: needs role {name}")
+
+    def auxiliary(
+        self, role: str, call: Callable[[], torch.Tensor], n: int, *, rows: np.ndarray | None = None
+    ) -> torch.Tensor:
+        """Run a network that is no denoiser, and count it: n rows under `aux.ROLE`, and its FLOPs.
+
+        Args:
+            role: `reward.NAME`, `classifier`. call: runs it on a batch of n rows.
+            rows: index of the output sample each row is for; None means row i is for sample i.
+        """
+        raise Unsupported(f"not supported: needs {role}")
+
+    def reward(self, name: str, x0: torch.Tensor, cond: Cond, *, rows: np.ndarray | None = None) -> torch.Tensor:
+        """Reward of clean samples x0, (B, *S), by a name the model knows; (B,), higher is better; each is counted.
+
+        Raises:
+            Unsupported: the model has no such reward.
+        """
+        raise Unsupported(f"not supported: needs reward {name}")
+
+    @property
+    def operator(self) -> Operator:
+        """The known degradation of an inverse problem.
+
+        Raises:
+            Unsupported: the suite is no inverse problem.
+        """
+        raise Unsupported("not supported: needs operator")
+
 
 class DenoiserWrap(Denoiser):
     """A denoiser around another; subclasses override `__call__` and inherit the rest."""
@@ -130,16 +216,191 @@ class DenoiserWrap(Denoiser):
         self.inner = inner
         self.path, self.grid, self.shape, self.provides = inner.path, inner.grid, inner.shape, inner.provides
 
+    def gradient(
+        self,
+        out: torch.Tensor,
+        x: torch.Tensor,
+        *,
+        grad_outputs: torch.Tensor | None = None,
+        rows: np.ndarray | None = None,
+    ) -> torch.Tensor:
+        return self.inner.gradient(out, x, grad_outputs=grad_outputs, rows=rows)
+
+    def role(self, name: str) -> Denoiser:
+        clone = copy.copy(self)
+        clone.inner = self.inner.role(name)
+        return clone
+
+    def auxiliary(
+        self, role: str, call: Callable[[], torch.Tensor], n: int, *, rows: np.ndarray | None = None
+    ) -> torch.Tensor:
+        return self.inner.auxiliary(role, call, n, rows=rows)
+
+    def reward(self, name: str, x0: torch.Tensor, cond: Cond, *, rows: np.ndarray | None = None) -> torch.Tensor:
+        return self.inner.reward(name, x0, cond, rows=rows)
+
+    @property
+    def operator(self) -> Operator:
+        return self.inner.operator
+
+
+class Operator(ABC):
+    """A known linear degradation H of an inverse problem: y = H x0 + noise * n.
+
+    Attributes:
+        noise: standard deviation of the measurement noise.
+    """
+
+    noise: float
+
+    @abstractmethod
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """H x, (B, *M), differentiable."""
+
+    @abstractmethod
+    def pinv(self, y: torch.Tensor) -> torch.Tensor:
+        """H^+ y, (B, *S)."""
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What a method's `prepare` made: arrays by name and JSON-able facts. Small enough to travel with every job."""
+
+    arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Preparation(ABC):
+    """What `prepare` may use. All it evaluates goes on a bill of its own.
+
+    Its noise and its data are never those of the reported samples: `noise` draws from seeds of its own, `data` has a
+    split of its own.
+
+    Attributes:
+        solver: the solver of the chain, inside the modifiers before the part that prepares.
+        path, grid, shape: of the suite. nfe: the cell's budget (of the first cell, when the part prepares `once`).
+    """
+
+    solver: Solver
+    path: Path
+    grid: str
+    shape: tuple[int, ...]
+    nfe: int
+
+    @abstractmethod
+    def noise(self, indices: Sequence[int], seed: int = 0) -> NoiseSource:
+        """Random numbers of search samples `indices`; `seed` is the method's own prepare seed."""
+
+    @abstractmethod
+    def rng(self, seed: int = 0) -> np.random.Generator:
+        """A generator for everything that is not a sample's noise: mutations, choices."""
+
+    @abstractmethod
+    def cond(self, indices: Sequence[int]) -> Cond:
+        """Conditions of samples, as in the run."""
+
+    @abstractmethod
+    def denoiser(self, batch: int) -> Denoiser:
+        """The field as the method will see it (guided, inside the wraps before it), for a batch, without a budget."""
+
+    @abstractmethod
+    def x_T(self, noise: NoiseSource) -> torch.Tensor:
+        """Start states of a noise source, (B, *S)."""
+
+    @abstractmethod
+    def data(self, n: int, seed: int = 0) -> tuple[torch.Tensor, Cond]:
+        """n clean samples (n, *S) with their conditions, of the search split.
+
+        Raises:
+            Unsupported: the suite's model has no data to draw.
+        """
+
+    @abstractmethod
+    def distance(self, x: torch.Tensor) -> float:
+        """The metric oracle: Frechet distance of samples x, (n, *S), flattened, to the search split of the data."""
+
 
 class Method(Registered):
     """How samples are made: a solver, or a wrap around the network. Settings are typed dataclass fields.
 
     Attributes:
         requires: capabilities the denoiser must provide; a pair that lacks one is a row `not supported`.
+        prepares: empty, or when `prepare` runs: `once` for all budgets of a cell's settings, or `per-nfe`.
+        artifact: what `prepare` made; None before.
     """
 
     kind: ClassVar[str] = "method"
     requires: ClassVar[frozenset[str]] = frozenset()
+    prepares: ClassVar[Literal["", "once", "per-nfe"]] = ""
+    artifact: Artifact | None = None
+
+    def prepare(self, context: Preparation) -> Artifact:
+        """Search, statistics, calibration or training before sampling; billed apart.
+
+        Called only where `prepares` is not empty; the artefact is kept in the run folder and `equipped` with before
+        `sample`, `wrap` or `modify` is called.
+        """
+        raise NotImplementedError
+
+    def equipped(self, artifact: Artifact | None) -> Self:
+        """This method with its artefact."""
+        clone = copy.copy(self)
+        object.__setattr__(clone, "artifact", artifact)
+        return clone
+
+    def prepared(self) -> Artifact:
+        """The artefact, for methods that cannot run without one.
+
+        Raises:
+            Unsupported: nothing was prepared.
+        """
+        if self.artifact is None:
+            raise Unsupported(f"'{self.name}' has nothing prepared; run it through `evalbench run`")
+        return self.artifact
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A falsifiable statement about a method, committed before it is run: `CLAIM = Claim(...)` in the method's file.
+
+    A file with several states them as a tuple. Arms are chain texts; both run from the same noise.
+
+    Attributes:
+        text: one sentence that could be false.
+        suite: where it is judged. arm, baseline: the method claimed to differ, and what it is held against.
+        nfe: budget of the arm. baseline_nfe: of the baseline; 0 is the same.
+        metric: id of the metric that decides. direction: what the arm's value is claimed to be against the baseline's;
+            `equal` means within `effect`.
+        effect: size of the claimed difference relative to the baseline's value, above 0: what the power refers to, and
+            for `equal` the tolerance.
+        seeds: run seeds, at least 5. prepare_seeds: settings such as `seed=1` that an arm with a random prepare is
+            repeated with, by the name of its setting.
+        samples: N per cell; 0 is the suite's. guidance: scale; 0 is the suite's.
+        level: `M` a mechanism, true of any model, or `E` a direction on an embedded suite (design, section 12).
+        author: who made it, the paper or our catalogue. transfer: what it says about large models.
+        source: paper, and where the catalogue states it.
+        witness: the test that is the second witness of the implementation (released output, diffusers, a closed form),
+            such as `tests/methods/test_ddim.py`; without one a claim of level E is never "not observed".
+    """
+
+    text: str
+    suite: str
+    arm: str
+    baseline: str
+    nfe: int
+    metric: str
+    direction: Literal["lower", "higher", "equal"]
+    effect: float
+    level: Literal["M", "E"]
+    author: Literal["paper", "catalogue"]
+    transfer: Literal["fair", "weak", "none"]
+    source: str
+    baseline_nfe: int = 0
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    prepare_seeds: tuple[int, ...] = ()
+    samples: int = 0
+    guidance: float = 0.0
+    witness: str = ""
 
 
 class Solver(Method, ABC):
@@ -174,6 +435,16 @@ class Wrap(Method, ABC):
         """The denoiser that the next wrap, or the solver, sees."""
 
 
+class Modifier(Method, ABC):
+    """Changes how any solver walks: its start, its times, its noise, the number of its candidates."""
+
+    @abstractmethod
+    def modify(self, solver: Solver) -> Solver:
+        """The solver that runs instead; it may call `solver.sample` as often as it likes, with another denoiser,
+        start or noise.
+        """
+
+
 class Model(Registered, ABC):
     """A network, or an exact model, with its native prediction. Options are typed dataclass fields.
 
@@ -205,6 +476,30 @@ class Model(Registered, ABC):
     def to(self, dtype: torch.dtype, device: torch.device) -> None:
         """Load the weights, in `dtype` on `device`; called once before `predict`."""
         raise NotImplementedError
+
+    def start(self, noise: NoiseSource, path: Path) -> torch.Tensor:
+        """Where sampling starts, (B, *S): the noise at t_start, unless the state is no Gaussian's."""
+        return noise.start() * float(path.sigma(path.t_start))
+
+    def data(self, indices: Sequence[int], labels: torch.Tensor | None, seed: int) -> torch.Tensor:
+        """Clean samples of the data, (B, *S), in the dtype and on the device of the model.
+
+        A function of (seed, index, label) alone, so that no two parts of a split overlap.
+        """
+        raise Unsupported(f"not supported: model '{self.name}' has no data to draw")
+
+    def reward(self, name: str, x0: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+        """A reward of clean samples by name, (B,), higher is better."""
+        raise Unsupported(f"not supported: needs reward {name}")
+
+    @property
+    def operator(self) -> Operator:
+        """The degradation of an inverse problem."""
+        raise Unsupported("not supported: needs operator")
+
+    def measure(self, indices: Sequence[int], seed: int) -> torch.Tensor | None:
+        """y of an inverse problem for global sample indices, (B, *M); None when the model is none."""
+        return None
 
     def caption(self, label: int) -> str:
         """The text that describes a class, for text-image scores."""

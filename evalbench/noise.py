@@ -38,12 +38,19 @@ class Philox:
 
     def normal(self, seed: int, sample: int, use: int, step: int, size: int) -> np.ndarray:
         """`size` standard normals, float64, a function of the arguments alone."""
+        return self._at(seed, sample, use, step).standard_normal(size)
+
+    def uniform(self, seed: int, sample: int, use: int, step: int, size: int) -> np.ndarray:
+        """`size` uniform numbers in [0, 1), float64, a function of the arguments alone."""
+        return self._at(seed, sample, use, step).random(size)
+
+    def _at(self, seed: int, sample: int, use: int, step: int) -> np.random.Generator:
         self._state["state"]["key"][:] = (seed, sample)
         self._state["state"]["counter"][:] = (0, 0, use, step)
         self._state["buffer_pos"] = 4  # empty buffer: the next draw starts at the counter
         self._state["has_uint32"] = 0
         self._bits.state = self._state
-        return self._generator.standard_normal(size)
+        return self._generator
 
 
 class NoiseSource:
@@ -54,7 +61,7 @@ class NoiseSource:
         samples: global sample index of each row.
         shape: shape of one sample, without the batch dimension.
         dtype: dtype of what is returned; draws are float64 before the cast.
-        device: where the tensors go.
+        device: where the tensors go. stream: keeps candidates of one sample apart; empty for the first.
     """
 
     def __init__(
@@ -64,20 +71,37 @@ class NoiseSource:
         shape: Sequence[int],
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        stream: str = "",
     ) -> None:
         self.seed, self.samples, self.shape = int(seed), [int(i) for i in samples], tuple(shape)
-        self.dtype, self.device = dtype, torch.device(device)
+        self.dtype, self.device, self.stream = dtype, torch.device(device), stream
         self._philox = Philox()
         self._size = math.prod(self.shape)
         self._nodes: OrderedDict[int, np.ndarray] = OrderedDict()
 
+    def at(self, samples: Sequence[int], seed: int | None = None) -> NoiseSource:
+        """The numbers of other samples, or of another seed: what a method that chooses its noise draws from."""
+        return NoiseSource(
+            self.seed if seed is None else seed, samples, self.shape, self.dtype, self.device, self.stream
+        )
+
+    def candidate(self, k: int) -> NoiseSource:
+        """The k-th independent source of the same samples; 0 is this one. For searches over noise."""
+        stream = f"{self.stream}/{k}" if k else self.stream
+        return NoiseSource(self.seed, self.samples, self.shape, self.dtype, self.device, stream)
+
     def start(self) -> torch.Tensor:
         """The unit normals behind x_T, (B, *shape)."""
-        return self._cast(self._draw(START, 0))
+        return self._cast(self._draw(self._code("start") if self.stream else START, 0))
+
+    def uniform(self, use: str, step: int = 0) -> torch.Tensor:
+        """Fresh uniform numbers in [0, 1) for a named use at a step, (B, *shape)."""
+        code = self._code(use)
+        return self._cast(np.stack([self._philox.uniform(self.seed, i, code, step, self._size) for i in self.samples]))
 
     def normal(self, use: str, step: int = 0) -> torch.Tensor:
         """Fresh unit normals for a named use at a step, (B, *shape)."""
-        return self._cast(self._draw(use_code(use), step))
+        return self._cast(self._draw(self._code(use), step))
 
     def increment(self, u_from: float, u_to: float) -> torch.Tensor:
         """(W(u_to) - W(u_from)) / sqrt(|u_to - u_from|), (B, *shape): unit normals of one Brownian path per sample.
@@ -114,11 +138,14 @@ class NoiseSource:
     def _node(self, node: int) -> np.ndarray:
         """Normals of a tree node; the upper levels are asked for again and again, so a few are kept."""
         if node not in self._nodes:
-            self._nodes[node] = self._draw(use_code("brownian"), node)
+            self._nodes[node] = self._draw(self._code("brownian"), node)
             if len(self._nodes) > _CACHED_NODES:
                 self._nodes.popitem(last=False)
         self._nodes.move_to_end(node)
         return self._nodes[node]
+
+    def _code(self, use: str) -> int:
+        return use_code(f"{self.stream}:{use}" if self.stream else use)
 
     def _draw(self, use: int, step: int) -> np.ndarray:
         rows = [self._philox.normal(self.seed, i, use, step, self._size) for i in self.samples]

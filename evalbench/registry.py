@@ -15,7 +15,7 @@ import importlib.util
 import pkgutil
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property
 from importlib.metadata import entry_points
@@ -26,7 +26,17 @@ from typing import Any, TypeVar, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from evalbench.errors import UserError, unknown
-from evalbench.interfaces import Extractor, Method, Metric, Model, Registered, Solver, Wrap
+from evalbench.interfaces import (
+    Artifact,
+    Extractor,
+    Method,
+    Metric,
+    Model,
+    Modifier,
+    Registered,
+    Solver,
+    Wrap,
+)
 
 KINDS = ("method", "metric", "extractor", "model")
 _PACKAGES = {
@@ -163,19 +173,43 @@ _NAME = re.compile(r"[A-Za-z0-9][\w.-]*(?::[A-Za-z0-9][\w./-]*)?(?:\+\+)?")
 
 @dataclass(frozen=True)
 class Chain:
-    """A method as users write it: wraps around the network and one solver, with every setting resolved.
+    """A method as users write it: one solver, wraps around the network, modifiers of the solver; settings resolved.
 
     Attributes:
-        solver: the one solver. wraps: in the order written; the first is innermost, next to the network.
+        solver: the one solver. others: wraps and modifiers in the order written; the first wrap is innermost, next to
+            the network, and the first modifier next to the solver.
     """
 
     solver: Solver
-    wraps: tuple[Wrap, ...]
+    others: tuple[Wrap | Modifier, ...] = ()
+
+    @property
+    def parts(self) -> tuple[Method, ...]:
+        """Solver first, then the others."""
+        return (self.solver, *self.others)
+
+    @property
+    def wraps(self) -> tuple[Wrap, ...]:
+        """What stands around the network, the innermost first."""
+        return tuple(part for part in self.others if isinstance(part, Wrap))
+
+    @property
+    def modifiers(self) -> tuple[Modifier, ...]:
+        """What stands around the solver, the innermost first."""
+        return tuple(part for part in self.others if isinstance(part, Modifier))
+
+    @cached_property
+    def sampler(self) -> Solver:
+        """The solver inside its modifiers: what samples."""
+        solver = self.solver
+        for modifier in self.modifiers:
+            solver = modifier.modify(solver)
+        return solver
 
     @cached_property
     def text(self) -> str:
-        """Canonical text: solver first, then the wraps, settings that differ from their defaults."""
-        return "+".join(_part_text(part) for part in (self.solver, *self.wraps))
+        """Canonical text: solver first, then the others, settings that differ from their defaults."""
+        return "+".join(_part_text(part) for part in self.parts)
 
     @property
     def guidance(self) -> str:
@@ -184,14 +218,24 @@ class Chain:
 
     def settings(self) -> list[dict[str, Any]]:
         """Every part with its version and all settings, defaults included: what a cell's id hashes."""
-        return [
-            {"name": part_name(part), "version": part.version, **_settings(part)} for part in (self.solver, *self.wraps)
-        ]
+        return [{"name": part_name(part), "version": part.version, **_settings(part)} for part in self.parts]
 
     @property
     def requires(self) -> frozenset[str]:
         """Capabilities the denoiser must provide."""
-        return frozenset().union(*(part.requires for part in (self.solver, *self.wraps)))
+        return frozenset().union(*(part.requires for part in self.parts))
+
+    @property
+    def prepares(self) -> str:
+        """When something is prepared before sampling: `per-nfe` if any part says so, `once`, or empty for never."""
+        wanted = {part.prepares for part in self.parts}
+        return next((when for when in ("per-nfe", "once") if when in wanted), "")
+
+    def equipped(self, artifacts: Sequence[Artifact | None]) -> Chain:
+        """The chain with the artefacts of its parts, one for each of `parts`; those after the last have none."""
+        given = (*artifacts, *(None,) * (len(self.parts) - len(artifacts)))
+        solver, *others = (part.equipped(found) for part, found in zip(self.parts, given, strict=True))
+        return Chain(solver, tuple(others))  # type: ignore[arg-type]
 
 
 def part_name(part: Method) -> str:
@@ -221,11 +265,11 @@ def build_method(text: str) -> Chain:
     """
     parts = [_build_part("method", name, args) for name, args in _tokens(text)]
     solvers = [part for part in parts if isinstance(part, Solver)]
-    wraps = tuple(part for part in parts if isinstance(part, Wrap))
+    others = tuple(part for part in parts if isinstance(part, Wrap | Modifier))
     if len(solvers) != 1:
         found = ", ".join(part.name for part in solvers) or "none"
         raise UserError(f"method '{text}' needs exactly one solver, found {found}; write solver(...)+wrap(...)")
-    return Chain(solvers[0], wraps)
+    return Chain(solvers[0], others)
 
 
 def build_guidance(scale: float) -> Wrap:

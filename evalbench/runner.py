@@ -13,14 +13,23 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from evalbench import environment, registry, worker
+from evalbench.artifacts import Artifacts
 from evalbench.errors import UserError
 from evalbench.interfaces import Metric, Parts
 from evalbench.reduce import paired_parts, parts_of, reduce_counts, reduce_metrics
 from evalbench.spec import Cell, Chunk, Failure, Record, Solution, Suite, chunks_of, content_id
 from evalbench.store import Store, open_run
-from evalbench.worker import ChunkFailure, ChunkResult, Job, LatencyJob, LatencyResult, Timing
-
-Outcome = ChunkResult | ChunkFailure
+from evalbench.worker import (
+    ChunkResult,
+    Job,
+    JobFailure,
+    LatencyJob,
+    LatencyResult,
+    Outcome,
+    PreparedResult,
+    PrepareJob,
+    Timing,
+)
 
 
 class Executor(Protocol):
@@ -32,7 +41,7 @@ class Executor(Protocol):
         """The environment that jobs are computed in, see `environment.describe`."""
         ...
 
-    def map(self, jobs: Iterator[Job]) -> Iterator[Outcome]:
+    def map(self, jobs: Iterator[Job | PrepareJob]) -> Iterator[Outcome]:
         """Outcomes as they land, in any order; pulls a job only when a worker is free."""
         ...
 
@@ -54,7 +63,7 @@ class SerialExecutor:
         """This process's."""
         return worker.describe()
 
-    def map(self, jobs: Iterator[Job]) -> Iterator[Outcome]:
+    def map(self, jobs: Iterator[Job | PrepareJob]) -> Iterator[Outcome]:
         """Outcomes in order."""
         return map(worker.run_job, jobs)
 
@@ -255,7 +264,8 @@ class _Loop:
         self.plan, self.store, self.observer = plan, store, observer
         self._make_executor = executor
         self._references: dict[str, Parts | None] = {}
-        self._failed: dict[str, ChunkFailure] = {}
+        self._artifacts = Artifacts(store, plan.request.suite, plan.request.plugins)
+        self._failed: dict[str, JobFailure] = {}
         self._seconds: dict[str, float] = {}
         self._fingerprints: dict[str, str] = {}
 
@@ -289,11 +299,31 @@ class _Loop:
     def quality(self) -> None:
         """Compute the missing chunks, reduce each cell as soon as its last chunk lands."""
         pending, waiting = self._open_quality()
+        self._prepare([cell for cell in self.plan.work if waiting.get(cell.id)], waiting)
         self._reduce_ready(pending, waiting)
         if any(waiting.values()):
             for outcome in self.executor.map(self._jobs(waiting)):
                 self._land(outcome, waiting)
                 self._reduce_ready(pending, waiting)
+
+    def _prepare(self, cells: Sequence[Cell], waiting: dict[str, list[Chunk]]) -> None:
+        """Let the methods of these cells search, calibrate or train; a failure is that of all cells that need it."""
+        jobs = self._artifacts.missing(cells)
+        if not jobs:
+            return
+        self.observer.note(f"preparing {len(jobs)} method(s), billed apart")
+        for outcome in self.executor.map(iter(jobs)):
+            if isinstance(outcome, PreparedResult):
+                self._artifacts.land(outcome)
+            elif isinstance(outcome, JobFailure) and isinstance(outcome.job, PrepareJob):
+                for cell in cells:
+                    if self._artifacts.key(cell) == outcome.job.key:
+                        self._fail(cell, outcome, waiting)
+
+    def _fail(self, cell: Cell, failure: JobFailure, waiting: dict[str, list[Chunk]]) -> None:
+        self._failed.setdefault(cell.id, failure)
+        waiting[cell.id] = []
+        self.observer.note(f"{cell.method} at NFE {cell.nfe}: {failure.failure.message}")
 
     def _open_quality(self) -> tuple[dict[str, Cell], dict[str, list[Chunk]]]:
         """Cells without a current record, and the missing chunks of them and of their fine solutions, by cell id."""
@@ -345,15 +375,22 @@ class _Loop:
         rest = [(cell, chunk) for cell, chunks in todo for chunk in chunks[1:]]
         for cell, chunk in (*first, *rest):
             if cell.id not in self._failed:
-                yield Job(request.suite, cell, chunk, self.plan.parts[cell.id], request.save_samples, request.plugins)
+                yield Job(
+                    request.suite,
+                    cell,
+                    chunk,
+                    self.plan.parts[cell.id],
+                    request.save_samples,
+                    request.plugins,
+                    self._artifacts.of(cell),
+                )
 
     def _land(self, outcome: Outcome, waiting: dict[str, list[Chunk]]) -> None:
-        job = outcome.job
-        if isinstance(outcome, ChunkFailure):
-            self._failed.setdefault(job.cell.id, outcome)
-            waiting[job.cell.id] = []
-            self.observer.note(f"{job.cell.method} at NFE {job.cell.nfe}: {outcome.failure.message}")
+        if isinstance(outcome, JobFailure):
+            self._fail(outcome.job.cell, outcome, waiting)
             return
+        assert isinstance(outcome, ChunkResult)
+        job = outcome.job
         facts = outcome.facts | {"all_images": job.keep_images}
         self.store.write_chunk(job.chunk, outcome.arrays, facts)
         if job.chunk in waiting[job.cell.id]:
@@ -398,7 +435,15 @@ class _Loop:
         )
         missing |= self.plan.unavailable
         counts = reduce_counts(self.store, chunks)
-        return Record(**base, status="ok", metrics=metrics, missing=missing, counts=counts, environment=made_in)
+        return Record(
+            **base,
+            status="ok",
+            metrics=metrics,
+            missing=missing,
+            counts=counts,
+            bill=self._artifacts.bill(cell),
+            environment=made_in,
+        )
 
     def _reference(self, cell: Cell, key: str) -> Parts | None:
         """A reference of the suite; the converged ones hold at the suite's own guidance alone."""
@@ -460,7 +505,8 @@ class _Loop:
         timed = {r.cell.id for r in records if self._is_timed_here(r)}
         cells = tuple(c for c in self.plan.cells if c.id not in failed | timed)
         request = self.plan.request
-        return LatencyJob(request.suite, cells, request.latency_rounds, request.plugins)
+        artifacts = {cell.id: self._artifacts.of(cell) for cell in cells}
+        return LatencyJob(request.suite, cells, request.latency_rounds, request.plugins, artifacts)
 
     def _is_timed_here(self, record: Record) -> bool:
         return (

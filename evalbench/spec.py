@@ -109,7 +109,8 @@ class Floor(Frozen):
 class Suite(Frozen):
     """A standard suite: facts only, versioned.
 
-    `methods` are what `evalbench run SUITE` runs when `--methods` is not given.
+    `methods` are what `evalbench run SUITE` runs when `--methods` is not given; `roles` are further models on the same
+    path (`small`, `student`, `guide`) for methods that use several.
     """
 
     schema_: int = Field(SCHEMA, alias="schema")
@@ -117,6 +118,7 @@ class Suite(Frozen):
     version: int = Field(gt=0)
     summary: str
     model: ModelSpec
+    roles: dict[str, ModelSpec] = {}
     path: PathSpec | None = None
     conditions: Conditions = Conditions()
     sampling: Sampling
@@ -130,7 +132,9 @@ class Suite(Frozen):
     def generation(self) -> dict[str, Any]:
         """The facts that decide a sample's bits; a cell's id hashes them."""
         sampling = self.sampling.model_dump(exclude={"samples", "nfe", "seeds", "guidance", "guidance_grid"})
+        roles = {"roles": {name: role.model_dump() for name, role in self.roles.items()}} if self.roles else {}
         return {
+            **roles,
             "suite": self.name,
             "version": self.version,
             "model": self.model.model_dump(),
@@ -343,6 +347,7 @@ class Record(Frozen):
         protocol: hash of all that makes numbers comparable; protocol_facts: what was hashed.
         samples: N. metrics: by id. missing: metrics that have no value, by id, with the reason.
         counts: per-sample means: nfe, nfe_p95, depth, cost, flops, evals.ROLE.
+        bill: what preparation spent in all, once: nfe, evals.ROLE, backward, cost, flops, and seconds.
         seconds: wall time of the chunks. environment: versions, device, threads, fingerprint class.
     """
 
@@ -356,6 +361,7 @@ class Record(Frozen):
     metrics: dict[str, MetricValue] = {}
     missing: dict[str, str] = {}
     counts: dict[str, float] = {}
+    bill: dict[str, float] = {}
     seconds: float = 0.0
     latency: Latency | None = None
     failure: Failure | None = None

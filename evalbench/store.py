@@ -4,6 +4,7 @@ chunks in flight.
     manifest.json            the suite's facts, plug-in sources, versions
     records.jsonl            one record per line; the last one of a (cell, kind) counts
     chunks/CELL/START-STOP.npz
+    artifacts/KEY.npz        what methods prepared, with its bill
     table.csv, timings.csv, report/
 """
 
@@ -88,22 +89,7 @@ class Store:
 
     def write_chunk(self, chunk: Chunk, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> None:
         """Write a chunk atomically: a reader sees the whole chunk or none."""
-        file = self.chunk_file(chunk)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(f".{file.name}.{os.getpid()}")
-        try:
-            with temporary.open("wb") as stream:
-                np.savez(stream, allow_pickle=False, **arrays, facts=np.array(json.dumps(facts, sort_keys=True)))
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(temporary, file)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            if error.errno == errno.ENOSPC:
-                raise EvalbenchError(
-                    f"disk full while writing {file}; free space and run the same command again"
-                ) from None
-            raise
+        _write_npz(self.chunk_file(chunk), arrays, facts)
 
     def read_chunk(self, chunk: Chunk) -> dict[str, np.ndarray]:
         """All arrays of a chunk but its facts.
@@ -129,6 +115,25 @@ class Store:
         except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError):
             return None
 
+    # --- what methods prepared ---
+
+    def artifact_file(self, key: str) -> Path:
+        """Where a preparation lies."""
+        return self.folder / "artifacts" / f"{key}.npz"
+
+    def write_artifacts(self, key: str, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> None:
+        """Write what a preparation made, atomically."""
+        _write_npz(self.artifact_file(key), arrays, facts)
+
+    def read_artifacts(self, key: str) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
+        """Arrays and facts of a preparation; None when missing or damaged (it is then made again)."""
+        try:
+            with self.artifact_file(key).open("rb") as stream, np.load(stream, allow_pickle=False) as content:
+                arrays = {name: content[name] for name in content.files if name != "facts"}
+                return arrays, json.loads(str(content["facts"]))
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError):
+            return None
+
     def images(self, cell_id: str) -> np.ndarray | None:
         """The kept uint8 images of a cell from sample 0 on, (n, C, H, W); None when there are none."""
         found = []
@@ -137,6 +142,23 @@ class Store:
                 if "images" in content.files and len(content["images"]):
                     found.append(content["images"])
         return np.concatenate(found) if found else None
+
+
+def _write_npz(file: Path, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> None:
+    """Arrays and JSON facts in one file: a reader sees all of it or nothing."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as stream:
+            np.savez(stream, allow_pickle=False, **arrays, facts=np.array(json.dumps(facts, sort_keys=True)))
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, file)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        if error.errno == errno.ENOSPC:
+            raise EvalbenchError(f"disk full while writing {file}; free space and run the same command again") from None
+        raise
 
 
 def _cut_torn_line(stream: Any) -> None:

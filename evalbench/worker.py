@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -19,18 +19,14 @@ import torch
 from evalbench import environment, registry
 from evalbench.cost.latency import interleaved, timed
 from evalbench.cost.ledger import Ledger
-from evalbench.denoiser import Field, NetworkDoor
 from evalbench.errors import BadSamples, Unsupported, UserError
-from evalbench.interfaces import Cond, Denoiser, Extractor, Model, Parts, SampleBatch
+from evalbench.interfaces import Artifact, Extractor, Model, Parts, SampleBatch
 from evalbench.metrics.images import check_images, to_uint8
-from evalbench.noise import NoiseSource
-from evalbench.paths import Path as NoisePath
-from evalbench.paths import make_path
+from evalbench.preparation import Prepared, prepare
 from evalbench.registry import Chain
+from evalbench.sampling import Setup, conditions, noise_path, sample, setup_of
 from evalbench.spec import GRID_SAMPLES, Cell, Chunk, Failure, Latency, Suite
 from evalbench.suite_references import check_reference_file, read_reference
-
-_DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -39,7 +35,7 @@ class Job:
 
     Attributes:
         parts: extractors to run. keep_images: keep every image, not only the first ones of the cell.
-        plugins: file name -> source text.
+        plugins: file name -> source text. artifacts: what the parts of the method prepared.
     """
 
     suite: Suite
@@ -48,6 +44,23 @@ class Job:
     parts: tuple[str, ...]
     keep_images: bool = False
     plugins: Mapping[str, str] = field(default_factory=dict)
+    artifacts: tuple[Artifact | None, ...] = ()
+
+    def __str__(self) -> str:
+        return f"samples {self.chunk.start}-{self.chunk.stop - 1}"
+
+
+@dataclass(frozen=True)
+class PrepareJob:
+    """What a method does before sampling: for `cell`, and for every cell with the same preparation key."""
+
+    suite: Suite
+    cell: Cell
+    key: str
+    plugins: Mapping[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"the preparation of {self.cell.method}"
 
 
 @dataclass(frozen=True)
@@ -60,10 +73,19 @@ class ChunkResult:
 
 
 @dataclass(frozen=True)
-class ChunkFailure:
+class PreparedResult:
+    """What a preparation made, with its bill and the environment it ran in."""
+
+    job: PrepareJob
+    prepared: Prepared
+    environment: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class JobFailure:
     """A job that raised; the cell becomes an error row, or `unsupported` when the pair lacks a capability."""
 
-    job: Job
+    job: Job | PrepareJob
     failure: Failure
     unsupported: bool
 
@@ -74,15 +96,28 @@ def describe() -> dict[str, Any]:
     return environment.describe(environment.pick_device())
 
 
-def run_job(job: Job) -> ChunkResult | ChunkFailure:
-    """Compute a chunk; whatever the method raises becomes a ChunkFailure."""
+Outcome: TypeAlias = ChunkResult | PreparedResult | JobFailure
+
+
+def run_job(job: Job | PrepareJob) -> Outcome:
+    """Compute a job; whatever the method raises becomes a JobFailure."""
     try:
-        setup = prepare(job.suite, job.plugins)
-        extractors = {name: _extractor(name, str(setup.device)) for name in job.parts}
-        started = time.perf_counter()  # what was loaded serves many chunks: it is no chunk's cost
-        arrays = _compute(job, setup, extractors)
+        return _run_prepare(job) if isinstance(job, PrepareJob) else _run_chunk(job)
     except Exception as error:  # whatever a method raises is that cell's record
-        return ChunkFailure(job, _failure(error), isinstance(error, Unsupported))
+        return JobFailure(job, _failure(error), isinstance(error, Unsupported))
+
+
+def _run_prepare(job: PrepareJob) -> PreparedResult:
+    setup = setup_of(job.suite, job.plugins)
+    prepared = prepare(setup, registry.build_method(job.cell.method), job.cell)
+    return PreparedResult(job, prepared, environment.describe(setup.device))
+
+
+def _run_chunk(job: Job) -> ChunkResult:
+    setup = setup_of(job.suite, job.plugins)
+    extractors = {name: _extractor(name, str(setup.device)) for name in job.parts}
+    started = time.perf_counter()  # what was loaded serves many chunks: it is no chunk's cost
+    arrays = _compute(job, setup, extractors)
     facts = {
         "seconds": time.perf_counter() - started,
         "environment": environment.describe(setup.device),
@@ -98,49 +133,6 @@ def _failure(error: Exception) -> Failure:
     return Failure(type=type(error).__name__, message=message, traceback=traceback.format_exc())
 
 
-@dataclass
-class Setup:
-    """A suite's model on this process's device, ready to sample."""
-
-    suite: Suite
-    model: Model
-    path: NoisePath
-    door: NetworkDoor
-    device: torch.device
-    dtype: torch.dtype
-
-
-def prepare(suite: Suite, plugins: Mapping[str, str]) -> Setup:
-    """The model of a suite, loaded once per process."""
-    for name, source in plugins.items():
-        registry.load_plugin(source, name)
-    key = suite.model_dump_json(include={"name", "version", "model", "path", "sampling"})
-    if key not in _setups:
-        _setups.clear()  # one model at a time: chunks of a run share one suite
-        _setups[key] = _build(suite)
-    return _setups[key]
-
-
-_setups: dict[str, Setup] = {}
-
-
-def _build(suite: Suite) -> Setup:
-    environment.prepare_process()
-    device, dtype = environment.pick_device(), _DTYPES[suite.sampling.dtype]
-    model = registry.build_model(suite.model.loader, suite.model.options)
-    model.to(dtype, device)
-    path = _noise_path(suite, model)
-    door = NetworkDoor(model, path, suite.sampling.grid)
-    return Setup(suite, model, path, door, device, dtype)
-
-
-def _noise_path(suite: Suite, model: Model) -> NoisePath:
-    path = make_path(suite.path.kind, **suite.path.options) if suite.path else model.path
-    if path is None:
-        raise UserError(f"suite '{suite.name}' needs a [path]: model '{suite.model.loader}' has none of its own")
-    return path
-
-
 def _check_conditions(suite: Suite, model: Model) -> None:
     wanted = suite.conditions.classes if suite.conditions.labels == "cyclic" else 0
     if wanted > model.num_classes:
@@ -151,7 +143,7 @@ def _check_conditions(suite: Suite, model: Model) -> None:
 
 
 def _compute(job: Job, setup: Setup, extractors: Mapping[str, Extractor]) -> dict[str, np.ndarray]:
-    chain = registry.build_method(job.cell.method)
+    chain = registry.build_method(job.cell.method).equipped(job.artifacts)
     start, stop = job.chunk.start, job.chunk.stop
     batch = job.suite.sampling.batch
     blocks = [
@@ -188,53 +180,6 @@ def _batch(
     with torch.no_grad():
         arrays = {name: extract(batch)[:keep].cpu().numpy() for name, extract in extractors.items()}
     return arrays | _counts(ledger, keep) | _kept_images(batch, indices, keep, job.keep_images)
-
-
-def conditions(suite: Suite, model: Model, indices: Sequence[int], device: torch.device) -> Cond:
-    """Conditions of global sample indices: a function of the index alone."""
-    if suite.conditions.labels == "none":
-        return Cond()
-    labels = [i % suite.conditions.classes for i in indices]
-    captions = tuple(model.caption(label) for label in labels) if model.is_image else None
-    return Cond(torch.tensor(labels, dtype=torch.int64, device=device), captions)
-
-
-def sample(setup: Setup, chain: Chain, cell: Cell, indices: Sequence[int], cond: Cond, ledger: Ledger) -> torch.Tensor:
-    """Samples (B, *S) of global indices by a method; every count goes into the ledger.
-
-    Raises:
-        Unsupported: the model lacks a capability the method requires.
-        BudgetExceeded: the method spent more than the cell's budget.
-    """
-    noise = NoiseSource(cell.seed, indices, setup.model.shape, setup.dtype, setup.device)
-    setup.door.ledger = ledger
-    field = Field(wrapped(setup.door, chain, cell.guidance), ledger)
-    x_T = noise.start() * float(setup.path.sigma(setup.path.t_start))
-    with torch.no_grad():
-        x = chain.solver.sample(field, x_T, cond, cell.nfe, noise)
-    _check_shape(x, x_T, chain)
-    return x
-
-
-def wrapped(door: Denoiser, chain: Chain, guidance: float) -> Denoiser:
-    """The door inside the suite's guidance (unless a wrap of the method guides itself) and the method's wraps."""
-    lacking = sorted(chain.requires - door.provides)
-    denoiser = door
-    if guidance != 1.0 and not any(wrap.guides for wrap in chain.wraps):
-        guide = registry.build_guidance(guidance)
-        lacking = sorted((chain.requires | guide.requires) - door.provides)
-        denoiser = guide.wrap(denoiser)
-    if lacking:
-        raise Unsupported(f"not supported: needs {', '.join(lacking)}")
-    for wrap in chain.wraps:
-        denoiser = wrap.wrap(denoiser)
-    return denoiser
-
-
-def _check_shape(x: Any, x_T: torch.Tensor, chain: Chain) -> None:
-    if not isinstance(x, torch.Tensor) or x.shape != x_T.shape:
-        found = tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
-        raise BadSamples(f"{chain.text} returned {found}, expected a tensor of shape {tuple(x_T.shape)}")
 
 
 def _check(batch: SampleBatch, keep: int) -> None:
@@ -281,7 +226,7 @@ def check_suite(suite: Suite) -> None:
         UserError: unknown model, option or path; a reference file is missing or its SHA-256 is not the suite's.
     """
     model = registry.build_model(suite.model.loader, suite.model.options)
-    _noise_path(suite, model)
+    noise_path(suite, model)
     _check_conditions(suite, model)
     for key, reference in suite.references.items():
         if reference.model:
@@ -295,7 +240,7 @@ def load_reference(suite: Suite, key: str, plugins: Mapping[str, str]) -> Parts 
     if reference is None:
         return None
     if reference.model:
-        return prepare(suite, plugins).model.reference(key)
+        return setup_of(suite, plugins).model.reference(key)
     return read_reference(suite, key)
 
 
@@ -313,6 +258,7 @@ class LatencyJob:
     cells: tuple[Cell, ...]
     rounds: int
     plugins: Mapping[str, str] = field(default_factory=dict)
+    artifacts: Mapping[str, tuple[Artifact | None, ...]] = field(default_factory=dict)  # by cell id
 
     @property
     def batch(self) -> int:
@@ -347,7 +293,7 @@ def run_latency(job: LatencyJob) -> Iterator[Timing | LatencyResult]:
     Yields:
         A Timing after each call (warm-up included), and the LatencyResult last.
     """
-    setup = prepare(job.suite, job.plugins)
+    setup = setup_of(job.suite, job.plugins)
     described = environment.describe(setup.device)
     outcomes: dict[str, Latency | Failure] = {}
     cells = {cell.id: cell for cell in job.cells}
@@ -379,7 +325,7 @@ def run_latency(job: LatencyJob) -> Iterator[Timing | LatencyResult]:
 
 
 def _timed_call(setup: Setup, cell: Cell, job: LatencyJob) -> Callable[[], object]:
-    chain = registry.build_method(cell.method)
+    chain = registry.build_method(cell.method).equipped(job.artifacts.get(cell.id, ()))
     indices = range(job.batch)
     cond = conditions(job.suite, setup.model, indices, setup.device)
 

@@ -45,9 +45,14 @@ ARROWS: dict[str, set[str]] = {
     "suite_references": {"spec"},
     "compare": {"stats", "store", "metrics", "suite_references", "report"},  # the paired statistics; the rendering
     "report": {"store", "stats"},
-    "worker": {"models", "metrics", "engine", "cost", "environment", "suite_references"},
+    "sampling": {"models", "engine", "cost", "environment"},
+    "preparation": {"sampling", "metrics"},
+    "worker": {"preparation", "suite_references"},
     "cluster": {"worker"},
-    "runner": {"cluster", "worker", "reduce", "store"},
+    "artifacts": {"worker", "store"},
+    "claim_words": {"stats", "interfaces"},
+    "claims": {"claim_words", "runner", "report"},  # report: the rendering
+    "runner": {"cluster", "worker", "reduce", "store", "artifacts"},
 }
 # Components of their own inside a package that stands higher or lower.
 LEAVES = {"cost.ledger", "cost.flops", "models.nets", "models.references"}

@@ -11,10 +11,12 @@ import pytest
 import torch
 from support import small_suite
 
-from evalbench import registry, worker
+from evalbench import registry, sampling
 from evalbench.cost.ledger import Ledger
 from evalbench.errors import Unsupported
-from evalbench.interfaces import Solver, Wrap
+from evalbench.interfaces import Artifact, Modifier, Solver, Wrap
+from evalbench.preparation import prepare
+from evalbench.registry import Chain
 from evalbench.runner import make_cell
 from evalbench.spec import Suite, load_suite
 
@@ -44,13 +46,13 @@ SUITES = ["gmm-smooth", "gmm-smooth-edm", "gmm-smooth-flow"]
 def _methods() -> list[str]:
     plain = [name for name in registry.names("method") if not name.endswith(":*")]
     solvers = [name for name in plain if issubclass(registry.get("method", name), Solver)]
-    wraps = [f"ddim+{name}" for name in plain if issubclass(registry.get("method", name), Wrap)]
-    return [*solvers, *wraps, *VARIANTS]
+    others = [f"ddim+{name}" for name in plain if issubclass(registry.get("method", name), Wrap | Modifier)]
+    return [*solvers, *others, *VARIANTS]
 
 
 @lru_cache
-def _setup(suite_name: str) -> worker.Setup:
-    return worker._build(small_suite(suite_name))
+def _setup(suite_name: str) -> sampling.Setup:
+    return sampling.build(small_suite(suite_name))
 
 
 def _sample(
@@ -58,9 +60,22 @@ def _sample(
 ) -> tuple[torch.Tensor, Ledger]:
     setup = _setup(suite)
     cell = make_cell(setup.suite, method, nfe, guidance, seed=3)
-    cond = worker.conditions(setup.suite, setup.model, indices, setup.device)
+    cond = sampling.conditions(setup.suite, setup.model, indices, setup.device)
     ledger = Ledger(len(indices), budget=nfe)
-    return worker.sample(setup, registry.build_method(method), cell, indices, cond, ledger), ledger
+    return sampling.sample(setup, _chain(suite, method, nfe, guidance), cell, indices, cond, ledger), ledger
+
+
+def _chain(suite: str, method: str, nfe: int, guidance: float) -> Chain:
+    """A method with what it prepares."""
+    chain = registry.build_method(method)
+    per_nfe = nfe if chain.prepares == "per-nfe" else max(BUDGETS)
+    return chain.equipped(_artifacts(suite, method, per_nfe, guidance)) if chain.prepares else chain
+
+
+@lru_cache
+def _artifacts(suite: str, method: str, nfe: int, guidance: float) -> tuple[Artifact | None, ...]:
+    setup = _setup(suite)
+    return prepare(setup, registry.build_method(method), make_cell(setup.suite, method, nfe, guidance, 3)).artifacts
 
 
 @pytest.mark.parametrize("suite", SUITES)
@@ -116,23 +131,23 @@ def test_another_batch_size_on_the_image_model_changes_rounding_only(method: str
     made = []
     for batch in (64, 16):
         suite = load_suite("fashion-mixture").override(batch=batch)
-        setup = worker._build(suite)
-        cond = worker.conditions(suite, setup.model, range(batch), setup.device)
+        setup = sampling.build(suite)
+        cond = sampling.conditions(suite, setup.model, range(batch), setup.device)
         cell = make_cell(suite, method, 10, 1.0, 0)
-        made.append(worker.sample(setup, registry.build_method(method), cell, range(batch), cond, Ledger(batch, 10)))
+        made.append(sampling.sample(setup, registry.build_method(method), cell, range(batch), cond, Ledger(batch, 10)))
     assert (made[0][:16] - made[1]).norm() <= 1e-5 * made[1].norm()
 
 
 @pytest.mark.parametrize("method", ["ddim", "heun", "dpm-solver++", "unipc", "ddpm"])
 def test_bits_on_the_image_model_do_not_depend_on_the_place(method: str) -> None:
     suite: Suite = load_suite("fashion-mixture").override(batch=64)
-    setup = worker._build(suite)
+    setup = sampling.build(suite)
     chain, cell = registry.build_method(method), make_cell(suite, method, 5, 1.0, 0)
     indices, order = np.arange(64), np.random.Generator(np.random.Philox(key=1)).permutation(64)
 
     def samples(which: np.ndarray) -> torch.Tensor:
-        cond = worker.conditions(suite, setup.model, which.tolist(), setup.device)
-        return worker.sample(setup, chain, cell, which.tolist(), cond, Ledger(64, 5))
+        cond = sampling.conditions(suite, setup.model, which.tolist(), setup.device)
+        return sampling.sample(setup, chain, cell, which.tolist(), cond, Ledger(64, 5))
 
     assert torch.equal(samples(indices)[order], samples(order))
 
@@ -142,11 +157,11 @@ def test_bits_on_the_image_model_do_not_depend_on_the_place(method: str) -> None
 )
 def test_seeds_are_different_samples_and_one_seed_the_same(method: str) -> None:
     setup = _setup("gmm-smooth")
-    cond = worker.conditions(setup.suite, setup.model, [0, 1], setup.device)
+    cond = sampling.conditions(setup.suite, setup.model, [0, 1], setup.device)
 
     def run(seed: int) -> torch.Tensor:
         cell = make_cell(setup.suite, method, 6, 1.0, seed)
-        return worker.sample(setup, registry.build_method(method), cell, [0, 1], cond, Ledger(2, 6))
+        return sampling.sample(setup, registry.build_method(method), cell, [0, 1], cond, Ledger(2, 6))
 
     assert torch.equal(run(0), run(0))
     assert not torch.allclose(run(0), run(1))

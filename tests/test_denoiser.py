@@ -17,7 +17,7 @@ from evalbench.errors import BudgetExceeded
 from evalbench.interfaces import Cond, Want
 from evalbench.paths import EDM, Flow, Path, VPLinear
 
-WANTS = get_args(Want)
+WANTS = [want for want in get_args(Want) if want != "probs"]
 
 
 def _predictions(path: Path, t: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

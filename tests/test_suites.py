@@ -7,7 +7,7 @@ from functools import lru_cache
 import pytest
 import torch
 
-from evalbench import api, registry, runner, worker
+from evalbench import api, registry, runner, sampling
 from evalbench.cost.ledger import Ledger
 from evalbench.runner import make_cell
 from evalbench.spec import load_suite, suite_names
@@ -17,15 +17,15 @@ BEST = ("unipc", "dpm-solver++(order=3,d2=taylor)", "deis", "ipndm(variable_step
 
 
 @lru_cache
-def _setup(suite: str) -> worker.Setup:
-    return worker._build(load_suite(suite).override(batch=ROWS))
+def _setup(suite: str) -> sampling.Setup:
+    return sampling.build(load_suite(suite).override(batch=ROWS))
 
 
 def _samples(suite: str, method: str, nfe: int) -> torch.Tensor:
     setup = _setup(suite)
-    cond = worker.conditions(setup.suite, setup.model, range(ROWS), setup.device)
+    cond = sampling.conditions(setup.suite, setup.model, range(ROWS), setup.device)
     cell = make_cell(setup.suite, method, nfe, 1.0, 0)
-    return worker.sample(setup, registry.build_method(method), cell, range(ROWS), cond, Ledger(ROWS, nfe))
+    return sampling.sample(setup, registry.build_method(method), cell, range(ROWS), cond, Ledger(ROWS, nfe))
 
 
 def _error(a: torch.Tensor, b: torch.Tensor) -> float:

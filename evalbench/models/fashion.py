@@ -9,18 +9,22 @@ gain = alpha (l + s^2) / (alpha^2 l + v) and gain_iso = alpha s^2 / v (Gaussian 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from evalbench.errors import Unsupported
 from evalbench.interfaces import Model, Time
+from evalbench.noise import Philox, use_code
 from evalbench.registry import register
 
 WEIGHTS = Path(__file__).parent / "zoo" / "fashion-mixture.safetensors"
 SHAPE = (1, 32, 32)
+NUM_CLASSES = 10
 
 
 @dataclass(frozen=True)
@@ -170,21 +174,21 @@ class FashionMixture(Model):
 
     def draws(self, labels: np.ndarray, seed: int) -> np.ndarray:
         """Exact samples of the given classes, float64 (N, 1, 32, 32), not clipped."""
-        tables = load_tables()
         rng = np.random.Generator(np.random.Philox(key=seed))
-        per_class = len(tables.values) // self.num_classes
-        weights = np.exp(tables.log_weights.numpy()).reshape(self.num_classes, per_class)
-        edges = weights.cumsum(1)[labels]
-        inner = np.minimum((rng.random((len(labels), 1)) > edges).sum(1), per_class - 1)
-        k = labels * per_class + inner
-        rank = tables.values.shape[1]
-        basis = tables.basis.numpy().reshape(-1, len(tables.values), rank).transpose(1, 0, 2)  # (K, q, r)
-        coefficients = rng.standard_normal((len(labels), rank)) * np.sqrt(tables.values.numpy()[k])
-        z = tables.centres.numpy()[k] + np.einsum("nqr,nr->nq", basis[k], coefficients)
-        pixels = tables.mean.numpy() + z @ tables.span.numpy().T
-        pixels += np.sqrt(tables.noise) * rng.standard_normal(pixels.shape)
-        images: np.ndarray = pixels.reshape(-1, *SHAPE)
-        return images
+        rank = load_tables().values.shape[1]
+        u = rng.random(len(labels))
+        coefficients = rng.standard_normal((len(labels), rank))
+        return _images(labels, u, coefficients, rng.standard_normal((len(labels), math.prod(SHAPE))))
+
+    def data(self, indices: Sequence[int], labels: torch.Tensor | None, seed: int) -> torch.Tensor:
+        """Exact draws; a row is that of its (seed, index, label)."""
+        if labels is None:
+            raise Unsupported("not supported: data without labels")
+        rng, rank = Philox(), load_tables().values.shape[1]
+        u = np.array([rng.uniform(seed, i, use_code("component"), 0, 1)[0] for i in indices])
+        coefficients = np.stack([rng.normal(seed, i, use_code("coefficients"), 0, rank) for i in indices])
+        noise = np.stack([rng.normal(seed, i, use_code("pixels"), 0, math.prod(SHAPE)) for i in indices])
+        return torch.from_numpy(_images(labels.cpu().numpy(), u, coefficients, noise)).to(self._loaded().mean)
 
     def reference(self, key: str) -> Mapping[str, np.ndarray]:
         """Exact moments in pixels: `pixels` mean (1024,), cov (1024, 1024), all classes equally likely."""
@@ -203,6 +207,21 @@ class FashionMixture(Model):
         if self.tables is None:
             raise RuntimeError("fashion-mixture: call to(dtype, device) before predict")
         return self.tables
+
+
+def _images(labels: np.ndarray, u: np.ndarray, coefficients: np.ndarray, noise: np.ndarray) -> np.ndarray:
+    """Samples (N, 1, 32, 32) of classes from uniform u (N,), unit coefficients (N, r) and unit noise (N, 1024)."""
+    tables = load_tables()
+    per_class = len(tables.values) // NUM_CLASSES
+    weights = np.exp(tables.log_weights.numpy()).reshape(NUM_CLASSES, per_class)
+    inner = np.minimum((u[:, None] > weights.cumsum(1)[labels]).sum(1), per_class - 1)
+    k = labels * per_class + inner
+    rank = tables.values.shape[1]
+    basis = tables.basis.numpy().reshape(-1, len(tables.values), rank).transpose(1, 0, 2)  # (K, q, r)
+    z = tables.centres.numpy()[k] + np.einsum("nqr,nr->nq", basis[k], coefficients * np.sqrt(tables.values.numpy()[k]))
+    pixels = tables.mean.numpy() + z @ tables.span.numpy().T + np.sqrt(tables.noise) * noise
+    images: np.ndarray = pixels.reshape(-1, *SHAPE)
+    return images
 
 
 def _row(value: Time) -> Time:

@@ -7,13 +7,14 @@ E[x0 | x_t] is a softmax-weighted sum of Gaussian posteriors: exact answers for 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from evalbench.interfaces import Model, Time
+from evalbench.noise import Philox, use_code
 from evalbench.registry import register
 
 _DRAWS = 20_000  # size of the exact sample that quantile metrics refer to
@@ -101,6 +102,17 @@ class GaussianMixture(Model):
         centred = means - means.mean(0)
         cov = centred.T @ centred / self.components + self.std**2 * np.eye(self.dim)
         return {"mean": means.mean(0), "cov": cov, "draws": self.draws(_DRAWS, seed=self.seed + 1)}
+
+    def data(self, indices: Sequence[int], labels: torch.Tensor | None, seed: int) -> torch.Tensor:
+        """Exact draws; a row is that of its (seed, index), of a component of its class."""
+        rng = Philox()
+        unit = np.stack([rng.normal(seed, i, use_code("data"), 0, self.dim) for i in indices])
+        uniform = np.array([rng.uniform(seed, i, use_code("component"), 0, 1)[0] for i in indices])
+        groups = self.classes if labels is not None else 1
+        within = np.floor(uniform * (self.components // groups)).astype(int)
+        component = within if labels is None else labels.cpu().numpy() + self.classes * within
+        means = self.means.cpu().double().numpy()[component]
+        return torch.from_numpy(means + self.std * unit).to(self.means)
 
     def draws(self, n: int, seed: int) -> np.ndarray:
         """n exact samples, (n, D) float64, components in turn."""

@@ -1,0 +1,126 @@
+"""A suite's model on this process's device, and samples of a method from it: one batch, no files, no scheduling."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from evalbench import environment, registry
+from evalbench.cost.ledger import Ledger
+from evalbench.denoiser import Field, NetworkDoor
+from evalbench.errors import BadSamples, Unsupported, UserError
+from evalbench.interfaces import Cond, Denoiser, Model
+from evalbench.noise import NoiseSource
+from evalbench.paths import Path as NoisePath
+from evalbench.paths import make_path
+from evalbench.registry import Chain
+from evalbench.spec import Cell, ModelSpec, Suite
+
+_DTYPES = {"float32": torch.float32, "float64": torch.float64}
+MEASUREMENTS = 0  # the seed of an inverse problem's measurements: the same problem in every cell
+
+
+@dataclass
+class Setup:
+    """A suite's model on this process's device, ready to sample."""
+
+    suite: Suite
+    model: Model
+    path: NoisePath
+    door: NetworkDoor
+    device: torch.device
+    dtype: torch.dtype
+
+
+def setup_of(suite: Suite, plugins: Mapping[str, str]) -> Setup:
+    """The model of a suite, loaded once per process."""
+    for name, source in plugins.items():
+        registry.load_plugin(source, name)
+    key = suite.model_dump_json(include={"name", "version", "model", "roles", "path", "sampling"})
+    if key not in _setups:
+        _setups.clear()  # one model at a time: chunks of a run share one suite
+        _setups[key] = build(suite)
+    return _setups[key]
+
+
+_setups: dict[str, Setup] = {}
+
+
+def build(suite: Suite) -> Setup:
+    """The model of a suite with its weights, in the process's deterministic settings."""
+    environment.prepare_process()
+    device, dtype = environment.pick_device(), _DTYPES[suite.sampling.dtype]
+    model = _model(suite.model, dtype, device)
+    roles = {name: _model(facts, dtype, device) for name, facts in suite.roles.items()}
+    path = noise_path(suite, model)
+    door = NetworkDoor(model, path, suite.sampling.grid, roles=roles)
+    return Setup(suite, model, path, door, device, dtype)
+
+
+def _model(facts: ModelSpec, dtype: torch.dtype, device: torch.device) -> Model:
+    model = registry.build_model(facts.loader, facts.options)
+    model.to(dtype, device)
+    return model
+
+
+def noise_path(suite: Suite, model: Model) -> NoisePath:
+    """The path of a suite: its own, or the model's."""
+    path = make_path(suite.path.kind, **suite.path.options) if suite.path else model.path
+    if path is None:
+        raise UserError(f"suite '{suite.name}' needs a [path]: model '{suite.model.loader}' has none of its own")
+    return path
+
+
+def conditions(suite: Suite, model: Model, indices: Sequence[int], device: torch.device) -> Cond:
+    """Conditions of global sample indices: a function of the index alone."""
+    measured = model.measure(indices, MEASUREMENTS)
+    if suite.conditions.labels == "none":
+        return Cond(measured=measured)
+    labels = [i % suite.conditions.classes for i in indices]
+    captions = tuple(model.caption(label) for label in labels) if model.is_image else None
+    return Cond(torch.tensor(labels, dtype=torch.int64, device=device), captions, measured)
+
+
+def sample(setup: Setup, chain: Chain, cell: Cell, indices: Sequence[int], cond: Cond, ledger: Ledger) -> torch.Tensor:
+    """Samples (B, *S) of global indices by a method; every count goes into the ledger.
+
+    Raises:
+        Unsupported: the model lacks a capability the method requires.
+        BudgetExceeded: the method spent more than the cell's budget.
+    """
+    noise = NoiseSource(cell.seed, indices, setup.model.shape, setup.dtype, setup.device)
+    setup.door.ledger = ledger
+    field = Field(wrapped(setup.door, chain, cell.guidance), ledger)
+    x_T = setup.model.start(noise, setup.path)
+    with torch.no_grad():
+        x = chain.sampler.sample(field, x_T, cond, cell.nfe, noise)
+    _check_shape(x, x_T, chain)
+    return x
+
+
+def wrapped(door: Denoiser, chain: Chain, guidance: float, wraps: int | None = None) -> Denoiser:
+    """The door inside the suite's guidance (unless a wrap of the method guides itself) and the method's wraps.
+
+    Args:
+        wraps: how many of the chain's wraps, the innermost first; None for all.
+    """
+    lacking = sorted(chain.requires - door.provides)
+    denoiser = door
+    if guidance != 1.0 and not any(wrap.guides for wrap in chain.wraps):
+        guide = registry.build_guidance(guidance)
+        lacking = sorted((chain.requires | guide.requires) - door.provides)
+        denoiser = guide.wrap(denoiser)
+    if lacking:
+        raise Unsupported(f"not supported: needs {', '.join(lacking)}")
+    for wrap in chain.wraps[:wraps]:
+        denoiser = wrap.wrap(denoiser)
+    return denoiser
+
+
+def _check_shape(x: Any, x_T: torch.Tensor, chain: Chain) -> None:
+    if not isinstance(x, torch.Tensor) or x.shape != x_T.shape:
+        found = tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
+        raise BadSamples(f"{chain.text} returned {found}, expected a tensor of shape {tuple(x_T.shape)}")
