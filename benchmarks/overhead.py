@@ -20,11 +20,11 @@ from pathlib import Path
 import torch
 
 from evalbench import registry, runner, sampling
-from evalbench.denoiser import convert
 from evalbench.interfaces import SampleBatch
 from evalbench.metrics.images import to_uint8
 from evalbench.noise import NoiseSource
 from evalbench.paths import grid
+from evalbench.predictions import convert
 from evalbench.runner import Request, SerialExecutor
 from evalbench.spec import load_suite
 

@@ -28,83 +28,7 @@ from evalbench.cost.ledger import Amount, Ledger
 from evalbench.errors import Unsupported
 from evalbench.interfaces import Cond, Denoiser, DenoiserWrap, Model, Operator, Step, Time, Want
 from evalbench.paths import Path
-
-Coefficient = float | torch.Tensor
-
-
-def like_rows(values: Any, x: torch.Tensor) -> Coefficient:
-    """A float stays a float; values per row, (B,), or per element, (B, *S), become a tensor that broadcasts over x."""
-    if np.ndim(values) == 0:
-        return float(values)
-    tensor = torch.as_tensor(values, dtype=x.dtype, device=x.device)
-    return tensor if tensor.ndim == x.ndim > 1 else tensor.reshape(-1, *(1,) * (x.ndim - 1))
-
-
-def _times(t: Time) -> Any:
-    return t.detach().cpu().double().numpy() if isinstance(t, torch.Tensor) else float(t)
-
-
-def _dual(value: torch.Tensor, tangent: torch.Tensor) -> torch.Tensor:
-    """A tensor that carries a tangent (forward-mode differentiation)."""
-    return fwAD.make_dual(value, tangent)  # type: ignore[no-any-return, no-untyped-call]
-
-
-def _parts(value: Time) -> tuple[Time, torch.Tensor | None]:
-    """A value without its tangent, and the tangent; None where it carries none."""
-    if not isinstance(value, torch.Tensor) or fwAD._current_level < 0:
-        return value, None
-    found = fwAD.unpack_dual(value)  # type: ignore[no-untyped-call]
-    return (value, None) if found.tangent is None else (found.primal, found.tangent)
-
-
-def _on_path(f: Callable[[Any], Any], df: Callable[[Any], Any] | None, t: Time, x: torch.Tensor) -> Coefficient:
-    """A coefficient of the path at t, broadcast over x; it carries the tangent of a dual time when `df` is known."""
-    plain, tangent = _parts(t)
-    value = like_rows(f(_times(plain)), x)
-    if tangent is None:
-        return value
-    if df is None:
-        raise Unsupported("not supported: a time derivative of the velocity")
-    assert isinstance(value, torch.Tensor)
-    slope = like_rows(df(_times(plain)), x) * like_rows(tangent, x)
-    assert isinstance(slope, torch.Tensor)
-    return _dual(value, slope)
-
-
-def convert(out: torch.Tensor, x: torch.Tensor, path: Path, t: Time, have: Want, want: Want) -> torch.Tensor:
-    """One prediction type into another at state x, time t. Exact: all are affine in each other given x.
-
-    Args:
-        out: prediction of type `have`, (B, *S). x: state, (B, *S).
-        path: gives alpha, sigma and their derivatives at t.
-        t: float or (B,).
-        have, want: prediction types.
-    """
-    if have == want:
-        return out
-    if "probs" in (have, want):
-        raise Unsupported(f"not supported: needs {want}, the model predicts {have}")
-    alpha, sigma = _on_path(path.alpha, path.d_alpha, t, x), _on_path(path.sigma, path.d_sigma, t, x)
-    if have == "score":  # eps = -sigma score
-        return convert(-sigma * out, x, path, t, "eps", want)
-    if want == "score":
-        return -convert(out, x, path, t, have, "eps") / sigma
-    d_alpha: Coefficient = 0.0
-    d_sigma: Coefficient = 0.0
-    if "velocity" in (have, want):
-        d_alpha, d_sigma = _on_path(path.d_alpha, None, t, x), _on_path(path.d_sigma, None, t, x)
-    rows: dict[str, tuple[Coefficient, Coefficient]] = {  # prediction = a x0 + b eps
-        "x0": (1.0, 0.0),
-        "eps": (0.0, 1.0),
-        "v": (-sigma, alpha),
-        "velocity": (d_alpha, d_sigma),
-    }
-    a, b = rows[have]
-    # x = alpha x0 + sigma eps and out = a x0 + b eps, solved for x0 and eps
-    determinant = alpha * b - sigma * a
-    c, d = rows[want]
-    # want = c x0 + d eps with x0 = (b x - sigma out) / det, eps = (alpha out - a x) / det
-    return x * ((c * b - d * a) / determinant) + out * ((d * alpha - c * sigma) / determinant)
+from evalbench.predictions import convert, dual, on_path, tangent_of
 
 
 class NetworkDoor(Denoiser):
@@ -162,7 +86,7 @@ class NetworkDoor(Denoiser):
         step: Step | None = None,
         rows: np.ndarray | None = None,
     ) -> torch.Tensor:
-        (x_0, dx), (t_0, dt) = _parts(x), _parts(t)
+        (x_0, dx), (t_0, dt) = tangent_of(x), tangent_of(t)
         assert isinstance(x_0, torch.Tensor)
         flops = self._count("full", self._forward(x_0, t_0, cond), x, t, cond)
         unit = self._unit(x_0, t_0, cond)
@@ -207,8 +131,8 @@ class NetworkDoor(Denoiser):
         return convert(out, x, self.path, t, self.model.native, want)
 
     def _forward(self, x: torch.Tensor, t: Time, cond: Cond) -> Callable[[], torch.Tensor]:
-        alpha = _on_path(self.path.alpha, self.path.d_alpha, t, x)
-        sigma = _on_path(self.path.sigma, self.path.d_sigma, t, x)
+        alpha = on_path(self.path.alpha, self.path.d_alpha, t, x)
+        sigma = on_path(self.path.sigma, self.path.d_sigma, t, x)
         return lambda: self.model.predict(x, t, alpha, sigma, cond.labels)
 
     def _unit(self, x: torch.Tensor, t: Time, cond: Cond) -> float:
@@ -268,6 +192,10 @@ class NetworkDoor(Denoiser):
     def operator(self) -> Operator:
         return self.model.operator
 
+    @property
+    def modalities(self) -> Mapping[str, slice]:
+        return self.model.modalities
+
 
 class Field(DenoiserWrap):
     """The outermost denoiser, which the solver sees: one evaluation here is one NFE.
@@ -301,7 +229,7 @@ class Field(DenoiserWrap):
         times = x.new_full((len(x),), float(t))
         with fwAD.dual_level(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch's own, of what it loads at the first dual number
-            time: Time = _dual(times, torch.full_like(times, dt)) if dt else float(t)
-            out, tangent = _parts(self.inner(_dual(x, dx), time, cond, want))
+            time: Time = dual(times, torch.full_like(times, dt)) if dt else float(t)
+            out, tangent = tangent_of(self.inner(dual(x, dx), time, cond, want))
         assert isinstance(out, torch.Tensor)
         return out, torch.zeros_like(x) if tangent is None else tangent

@@ -208,13 +208,36 @@ class Denoiser(ABC):
         """
         raise Unsupported("not supported: needs operator")
 
+    @property
+    def modalities(self) -> Mapping[str, slice]:
+        """Where the modalities of a joint model stand in a sample (its first axis), by name, in their order.
+
+        Such a model takes a time per element, 0 for a modality that is given clean.
+
+        Raises:
+            Unsupported: the model has one modality only.
+        """
+        raise Unsupported("not supported: needs modalities")
+
 
 class DenoiserWrap(Denoiser):
-    """A denoiser around another; subclasses override `__call__` and inherit the rest."""
+    """A denoiser around another; everything is forwarded, subclasses override what they change."""
 
     def __init__(self, inner: Denoiser) -> None:
         self.inner = inner
         self.path, self.grid, self.shape, self.provides = inner.path, inner.grid, inner.shape, inner.provides
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        t: Time,
+        cond: Cond,
+        want: Want = "x0",
+        *,
+        step: Step | None = None,
+        rows: np.ndarray | None = None,
+    ) -> torch.Tensor:
+        return self.inner(x, t, cond, want, step=step, rows=rows)
 
     def gradient(
         self,
@@ -242,6 +265,10 @@ class DenoiserWrap(Denoiser):
     @property
     def operator(self) -> Operator:
         return self.inner.operator
+
+    @property
+    def modalities(self) -> Mapping[str, slice]:
+        return self.inner.modalities
 
 
 class Operator(ABC):
@@ -496,6 +523,11 @@ class Model(Registered, ABC):
     def operator(self) -> Operator:
         """The degradation of an inverse problem."""
         raise Unsupported("not supported: needs operator")
+
+    @property
+    def modalities(self) -> Mapping[str, slice]:
+        """Where the modalities of a joint model stand in a sample (its first axis), by name, in their order."""
+        raise Unsupported("not supported: needs modalities")
 
     def measure(self, indices: Sequence[int], seed: int) -> torch.Tensor | None:
         """y of an inverse problem for global sample indices, (B, *M); None when the model is none."""

@@ -30,9 +30,10 @@ ARROWS: dict[str, set[str]] = {
     "cost.flops": {"spec"},
     "models.nets": {"errors"},
     "interfaces": {"paths", "noise"},
+    "predictions": {"interfaces"},
     "registry": {"interfaces"},
     "engine": {"registry"},
-    "denoiser": {"registry", "cost.ledger", "cost.flops"},
+    "denoiser": {"registry", "predictions", "cost.ledger", "cost.flops"},
     "cost": {"denoiser", "stats", "environment"},
     "models": {"registry", "denoiser", "models.nets"},
     "models.references": {"worker", "models.nets"},  # scripts that make what suites refer to; nothing imports them
@@ -58,7 +59,7 @@ ARROWS: dict[str, set[str]] = {
 LEAVES = {"cost.ledger", "cost.flops", "models.nets", "models.references"}
 # The command line chooses the executor and hands it to the runner; it computes nothing itself.
 CLI_MAY_NOT = {"worker", "denoiser", "engine"}
-METHODS_MAY = {"interfaces", "paths", "engine", "registry", "noise", "errors"}
+METHODS_MAY = {"interfaces", "paths", "predictions", "engine", "registry", "noise", "errors"}
 PICKLES = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 HEAVY = ("torch", "ray", "pandas", "matplotlib", "diffusers", "transformers", "torchmetrics", "scipy")
 

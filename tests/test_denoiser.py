@@ -12,10 +12,11 @@ import torch
 from evalbench import registry
 from evalbench.cost.flops import count_flops
 from evalbench.cost.ledger import Ledger
-from evalbench.denoiser import Field, NetworkDoor, convert
+from evalbench.denoiser import Field, NetworkDoor
 from evalbench.errors import BudgetExceeded
 from evalbench.interfaces import Cond, Want
 from evalbench.paths import EDM, Flow, Path, VPLinear
+from evalbench.predictions import convert
 
 WANTS = [want for want in get_args(Want) if want != "probs"]
 

@@ -60,6 +60,23 @@ class MixtureMode(Extractor):
         return mixture.responsibilities(batch.x).argmax(dim=1).double()
 
 
+@register("gmm-mode-distance")
+class MixtureModeDistance(Extractor):
+    """Squared distance to the nearest mode of an isotropic mixture in units of D std^2, float64 (B,); exact draws: 1."""
+
+    needs = ("x",)
+
+    def __call__(self, batch: SampleBatch) -> torch.Tensor:
+        means, std = getattr(batch.model, "means", None), getattr(batch.model, "std", None)
+        if means is None or std is None:
+            raise UserError(
+                f"features 'gmm-mode-distance' need a model with isotropic modes, and '{batch.model.name}' has none; "
+                "leave mode-distance@gmm-mode-distance out of --metrics"
+            )
+        squares = (batch.x.unsqueeze(1) - means).square().sum(-1)  # (B, K)
+        return (squares.amin(1) / (batch.x.shape[1] * std**2)).double()
+
+
 # --- networks -------------------------------------------------------------------------------------------------------
 
 

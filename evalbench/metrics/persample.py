@@ -54,6 +54,17 @@ class MeanScore(Metric[Sums]):
         return normal_interval(mean, se)
 
 
+@register("mode-distance")
+class ModeDistance(MeanScore):
+    """Mean squared distance to the nearest mode over that of exact draws: 1 is perfect, more is off the modes.
+
+    Sees what a Frechet distance cannot: samples between the modes whose first two moments are right.
+    """
+
+    higher_is_better = False
+    unit = "of exact draws"
+
+
 @register("accuracy")
 class Accuracy(MeanScore):
     """Share of samples whose class, as a classifier sees it, is the label they were made for (Wilson interval)."""

@@ -1,0 +1,1 @@
+"""Several models along one trajectory."""
