@@ -22,6 +22,7 @@ def make_request(
     *,
     methods: Sequence[str] | None = None,
     nfe: Sequence[int] | None = None,
+    budget_unit: str = "nfe",
     guidance: Sequence[float] | None = None,
     seeds: Sequence[int] | None = None,
     metrics: Sequence[str] | None = None,
@@ -38,6 +39,7 @@ def make_request(
     Args:
         suite: name, or path of a TOML file.
         methods: chains such as `dpm-solver++(order=3)+cfg(scale=2)`. nfe: budgets. guidance: scales, 1 is off.
+        budget_unit: what `nfe` counts: `nfe`, `evals` (network rows) or `steps` of the time grid.
         seeds: run seeds. metrics: ids. measure: `quality`, `latency`. samples, batch, dtype: override the suite's.
         save_samples: keep every image. allow_small_n: compute set distances below their least N.
         plugins: paths of Python files that register methods, metrics or models.
@@ -49,6 +51,10 @@ def make_request(
     for word in measure:
         if word not in MEASURES:
             raise unknown("measure", word, MEASURES)
+    from evalbench.cost.budget import BUDGET_UNITS  # imports numpy
+
+    if budget_unit not in BUDGET_UNITS:
+        raise unknown("budget unit", budget_unit, BUDGET_UNITS)
     facts = load_suite(suite).override(samples=samples, batch=batch, dtype=dtype)
 
     from evalbench.registry import read_plugin  # imports torch: only once the words make sense
@@ -58,6 +64,7 @@ def make_request(
         suite=facts,
         methods=unique(methods or facts.methods),
         nfe=unique(facts.sampling.nfe if nfe is None else nfe),
+        budget_unit=budget_unit,  # type: ignore[arg-type]  # one of BUDGET_UNITS
         guidance=unique((facts.sampling.guidance,) if guidance is None else guidance),
         seeds=unique(facts.sampling.seeds if seeds is None else seeds),
         metrics=unique(facts.metrics.names if metrics is None else metrics),

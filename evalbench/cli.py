@@ -37,6 +37,7 @@ app.add_typer(references, name="reference")
 Methods = Annotated[str | None, typer.Option("--methods", help="Methods, comma-separated: 'ddim(eta=0.5),unipc'.")]
 Method = Annotated[list[str] | None, typer.Option("--method", help="One method; may be repeated.")]
 Nfe = Annotated[str | None, typer.Option("--nfe", help="Budgets of network evaluations: 5,10,20.")]
+BudgetUnit = Annotated[str, typer.Option("--budget-unit", help="What --nfe counts: nfe, evals (rows) or steps.")]
 Guidance = Annotated[str | None, typer.Option("--guidance", help="Guidance scales: 1.5,3 (1 is off).")]
 Samples = Annotated[int | None, typer.Option("--samples", help="Samples per cell.")]
 Seeds = Annotated[str | None, typer.Option("--seeds", help="Run seeds: 0,1,2.")]
@@ -68,6 +69,7 @@ def run(
     methods: Methods = None,
     method: Method = None,
     nfe: Nfe = None,
+    budget_unit: BudgetUnit = "nfe",
     guidance: Guidance = None,
     samples: Samples = None,
     seeds: Seeds = None,
@@ -90,6 +92,7 @@ def run(
         suite,
         methods=_methods(methods, method),
         nfe=_numbers(nfe, "--nfe", int),
+        budget_unit=budget_unit,
         guidance=_numbers(guidance, "--guidance", float),
         seeds=_numbers(seeds, "--seeds", int),
         metrics=None if metrics is None else _words(metrics, "--metrics"),

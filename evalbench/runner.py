@@ -12,8 +12,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from evalbench import environment, registry, worker
+from evalbench import environment, registry, sampling, worker
 from evalbench.artifacts import Artifacts
+from evalbench.cost.budget import BudgetUnit
 from evalbench.errors import UserError
 from evalbench.interfaces import Metric, Parts
 from evalbench.reduce import paired_parts, parts_of, reduce_counts, reduce_metrics
@@ -110,6 +111,7 @@ class Request:
 
     Attributes:
         suite: with overrides applied. methods: chain texts as written. nfe, guidance, seeds: the grid of cells.
+        budget_unit: what `nfe` counts: evaluations of the field, network rows (`evals`), or steps of the grid.
         metrics: metric ids. measure: `quality`, `latency`. latency_rounds: measured calls per cell.
         save_samples: keep every image. allow_small_n: see `reduce_metrics`.
         plugins: file name -> source.
@@ -121,6 +123,7 @@ class Request:
     guidance: tuple[float, ...]
     seeds: tuple[int, ...]
     metrics: tuple[str, ...]
+    budget_unit: BudgetUnit = "nfe"
     measure: frozenset[str] = frozenset({"quality"})
     latency_rounds: int = 5
     save_samples: bool = False
@@ -218,11 +221,18 @@ def make_plan(request: Request) -> Plan:
         for guidance in request.guidance
         for method in request.methods
         for nfe in request.nfe
-        for cell in [make_cell(request.suite, method, nfe, guidance, seed)]
+        for cell in [make_cell(request.suite, method, _nfe(request, method, nfe, guidance), guidance, seed)]
     }
     reasons = {metric.id: _why_unavailable(metric) for metric in metrics}
     usable = tuple(metric for metric in metrics if not reasons[metric.id])
     return Plan(request, tuple(cells.values()), usable, {name: why for name, why in reasons.items() if why})
+
+
+def _nfe(request: Request, method: str, budget: int, guidance: float) -> int:
+    """A budget in evaluations of the field."""
+    if request.budget_unit == "nfe":
+        return budget
+    return sampling.nfe_of(request.suite, method, request.budget_unit, budget, guidance)
 
 
 def _why_unavailable(metric: Metric[Any]) -> str:

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 
 from evalbench import environment, registry
+from evalbench.cost.budget import BudgetUnit, nfe_of_budget, rows_per_evaluation
 from evalbench.cost.ledger import Ledger
 from evalbench.denoiser import Field, NetworkDoor
 from evalbench.errors import BadSamples, Unsupported, UserError
 from evalbench.interfaces import Cond, Denoiser, Model
 from evalbench.noise import NoiseSource
 from evalbench.paths import Path as NoisePath
-from evalbench.paths import make_path
+from evalbench.paths import grid, make_path
 from evalbench.registry import Chain
 from evalbench.spec import Cell, ModelSpec, Suite
 
@@ -72,6 +73,23 @@ def noise_path(suite: Suite, model: Model) -> NoisePath:
     if path is None:
         raise UserError(f"suite '{suite.name}' needs a [path]: model '{suite.model.loader}' has none of its own")
     return path
+
+
+def nfe_of(suite: Suite, method: str, unit: BudgetUnit, budget: int, guidance: float) -> int:
+    """Evaluations that a budget in another unit allows a method on a suite; nothing is evaluated for it.
+
+    Raises:
+        UserError: the budget does not say how many evaluations this method may spend.
+    """
+    model = registry.build_model(suite.model.loader, suite.model.options)
+    path, chain = noise_path(suite, model), registry.build_method(method)
+    door = NetworkDoor(model, path, suite.sampling.grid)
+    try:
+        times = grid(path, suite.sampling.grid, max(budget, 1))[:-1]
+        rows = rows_per_evaluation(lambda probe: wrapped(probe, chain, guidance), door, times)
+        return nfe_of_budget(unit, budget, chain.solver, path, rows)
+    except Unsupported as error:
+        raise UserError(f"--budget-unit {unit}, {method}: {error}") from None
 
 
 def conditions(suite: Suite, model: Model, indices: Sequence[int], device: torch.device) -> Cond:

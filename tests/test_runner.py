@@ -225,3 +225,29 @@ def test_two_writers_do_not_share_a_folder(tmp_path: Path) -> None:
     suite = small_suite()
     with open_run(tmp_path / "r", suite, {}), pytest.raises(UserError, match="another evalbench is writing"):
         runner.run(request(suite, ["ddim"]), tmp_path / "r", SerialExecutor)
+
+
+# --- budgets in other units -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "unit", "budget", "guidance", "nfe"),
+    [
+        ("ddim", "nfe", 10, 1.0, 10),
+        ("ddim", "evals", 10, 1.0, 10),
+        ("ddim", "evals", 10, 2.0, 5),
+        ("ddim+cfg(scale=2.0)", "evals", 10, 1.0, 5),
+        ("ddim", "steps", 10, 2.0, 10),
+        ("heun", "steps", 10, 1.0, 19),  # the least that makes ten steps: the last may be a plain one
+    ],
+)
+def test_a_published_budget_becomes_evaluations(method: str, unit: str, budget: int, guidance: float, nfe: int) -> None:
+    wanted = request(small_suite(), [method], nfe=[budget], guidance=(guidance,), budget_unit=unit)
+    (cell,) = runner.make_plan(wanted).cells
+    assert cell.nfe == nfe
+
+
+def test_a_budget_that_says_nothing_is_one_clear_line() -> None:
+    wanted = request(small_suite(), ["ddim"], nfe=[1], guidance=(2.0,), budget_unit="evals")
+    with pytest.raises(UserError, match=r"--budget-unit evals, ddim: .*one evaluation takes 2"):
+        runner.make_plan(wanted)

@@ -39,20 +39,22 @@ def cells_frame(records: Iterable[Record], suite: Suite) -> pd.DataFrame:
     """One row per cell with all that is reproducible, sorted by suite, guidance, seed, method and budget.
 
     Columns: suite, method, nfe (the budget), guidance, seed, samples, status; the counts nfe_measured, nfe_p95,
-    depth, evals_total, evals.ROLE, cost, flops; per metric ID, ID:se, ID:low, ID:high, ID:bias, ID:note;
+    depth, evals_total, evals.ROLE, cost, flops; where something was prepared, prepare.evals_total and the rest of the
+    bill; per metric ID, ID:se, ID:low, ID:high, ID:bias, ID:note;
     protocol, error.
     """
     quality = [r for r in records if r.kind == "quality"]
     metrics = metric_ids(quality, suite)
     counts = _count_columns(quality)
+    bill = _bill_columns(quality)
     names = display_names(quality)
     rows = [_cell_row(r, names[r.cell.id], counts, metrics) for r in quality]
     values = [f"{name}{part}" for name in metrics for part in ("", ":se", ":low", ":high", ":bias", ":note")]
-    return _sorted_frame(rows, [*_FACTS, *counts, *values, "protocol", "error", "cell"])
+    return _sorted_frame(rows, [*_FACTS, *counts, *bill, *values, "protocol", "error", "cell"])
 
 
 def timings_frame(records: Iterable[Record]) -> pd.DataFrame:
-    """One row per cell with all that a clock said: wall seconds of the quality run, latencies, peak memory.
+    """One row per cell with all that a clock said: wall seconds of preparation and quality run, latencies, peak memory.
 
     Latencies are milliseconds: `call_*` of one call at `batch`, `image_*` that divided by the batch.
     """
@@ -67,6 +69,7 @@ def timings_frame(records: Iterable[Record]) -> pd.DataFrame:
         [
             *(name for name in _FACTS if name not in ("samples", "status")),
             "nfe_measured",
+            "prepare_s",
             "wall_s",
             "timings",
             *latency,
@@ -140,6 +143,12 @@ def _count_columns(records: Iterable[Record]) -> list[str]:
     return [*known, *sorted(held - set(known) - {"nfe"})]
 
 
+def _bill_columns(records: Iterable[Record]) -> list[str]:
+    """Columns of what preparations evaluated; none where nothing was prepared. Their seconds are a clock's."""
+    held = sorted({f"prepare.{name}" for r in records for name in r.bill} - {"prepare.seconds"})
+    return ["prepare.evals_total", *held] if held else []
+
+
 def _cell_row(record: Record, name: str, counts: Sequence[str], metrics: Sequence[str]) -> dict[str, Any]:
     cell = record.cell
     row: dict[str, Any] = {
@@ -157,6 +166,9 @@ def _cell_row(record: Record, name: str, counts: Sequence[str], metrics: Sequenc
     row |= {count: record.counts.get(count) for count in counts}
     roles = [value for role, value in record.counts.items() if role.startswith("evals.")]
     row |= {"nfe_measured": record.counts.get("nfe"), "evals_total": sum(roles) if roles else None}
+    row |= {f"prepare.{name}": value for name, value in record.bill.items()}
+    if record.bill:
+        row["prepare.evals_total"] = sum(value for name, value in record.bill.items() if name.startswith("evals."))
     for metric in metrics:
         row |= _metric_columns(record, metric)
     return row
@@ -182,6 +194,7 @@ def _timing_row(kinds: Mapping[str, Record], name: str) -> dict[str, Any]:
         "guidance": cell.guidance,
         "seed": cell.seed,
         "nfe_measured": counts.get("nfe"),
+        "prepare_s": quality.bill.get("seconds") if quality else None,
         "wall_s": quality.seconds if quality else None,
         "error": reason(timed) if timed else "",
         "cell": cell.id,
