@@ -1,5 +1,5 @@
 # A fresh machine needs Python >= 3.11 and make; everything else goes into $(VENV).
-#   make quickstart | test | test-slow | lint | bench | clean
+#   make quickstart | test | test-slow | lint | claims | bench | clean
 #   ARGS   is passed on:  make test ARGS='-k ddim -n 0'
 #   VENV   names the environment, PYTHON the interpreter that creates it.
 
@@ -12,7 +12,7 @@ PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile
 STAMP  = $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow lint format bench clean
+.PHONY: help install quickstart test test-slow lint format claims bench clean
 
 help:
 	@echo 'make quickstart   the main job on the embedded models: table, figure, HTML'
@@ -20,6 +20,7 @@ help:
 	@echo 'make test-slow    the slow tests'
 	@echo 'make lint         ruff and mypy'
 	@echo 'make format       let ruff fix and format'
+	@echo 'make claims       run every registered claim, results/claims.json, docs/claims.md, the README'
 	@echo 'make bench        every script in benchmarks/'
 	@echo 'make clean        remove caches and build output; the environment stays'
 
@@ -49,6 +50,11 @@ lint: $(STAMP)
 format: $(STAMP)
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+
+# The pages are made even when a claim's arm is an error row (exit 5).
+claims: $(STAMP)
+	@s=0; $(VENV)/bin/evalbench claims --run --ledger results/claims.json $(ARGS) || s=$$?; \
+		$(VENV)/bin/python docs/make.py claims && exit $$s
 
 bench: $(STAMP)
 	@set -e; for script in $(sort $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))); do \

@@ -1,6 +1,7 @@
 """Make the pages and pictures that are measured or listed, never written by hand.
 
     python docs/make.py lists                 docs/methods.md and docs/suites.md from the registry
+    python docs/make.py claims                docs/claims.md and the README's table from results/claims.json
     python docs/make.py pictures RUN          docs/images/ from a run folder (`make quickstart` leaves one)
 
 tests/test_docs.py fails when the lists are not current.
@@ -14,6 +15,7 @@ import shutil
 from pathlib import Path
 
 from evalbench import catalogue, registry
+from evalbench.report import claims as claim_tables
 from evalbench.spec import load_suite, suite_names
 
 DOCS = Path(__file__).parent
@@ -49,13 +51,24 @@ def suites_page() -> str:
 PAGES = {"methods.md": methods_page, "suites.md": suites_page}
 
 
+def write_claims() -> None:
+    """docs/claims.md and the README's table, from the ledger."""
+    rows = claim_tables.read_ledger(DOCS.parent / "results" / "claims.json")
+    (DOCS / "claims.md").write_text(claim_tables.page(rows), encoding="utf-8")
+    readme = DOCS.parent / "README.md"
+    readme.write_text(claim_tables.insert(readme.read_text("utf-8"), rows), encoding="utf-8")
+
+
 def main() -> None:
     """Write what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["lists", "pictures"])
+    parser.add_argument("what", choices=["lists", "claims", "pictures"])
     parser.add_argument("run", nargs="?", type=Path, help="run folder, for pictures")
     parser.add_argument("--to", type=Path, default=DOCS, help="where the lists go")
     args = parser.parse_args()
+    if args.what == "claims":
+        write_claims()
+        return
     if args.what == "lists":
         for name, page in PAGES.items():
             (args.to / name).write_text(page(), encoding="utf-8")

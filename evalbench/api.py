@@ -64,7 +64,7 @@ def make_request(
         suite=facts,
         methods=unique(methods or facts.methods),
         nfe=unique(facts.sampling.nfe if nfe is None else nfe),
-        budget_unit=budget_unit,  # type: ignore[arg-type]  # one of BUDGET_UNITS
+        budget_unit=budget_unit,
         guidance=unique((facts.sampling.guidance,) if guidance is None else guidance),
         seeds=unique(facts.sampling.seeds if seeds is None else seeds),
         metrics=unique(facts.metrics.names if metrics is None else metrics),

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -16,12 +17,14 @@ from evalbench.errors import EvalbenchError, UserError, unknown
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from evalbench.progress import ProgressBar
     from evalbench.runner import Executor, Request
     from evalbench.spec import Record, Suite
     from evalbench.store import Store
 
 DONE, USER, TOOL, ERROR_ROWS, INTERRUPTED = 0, 2, 4, 5, 130
 KINDS = ("suites", "methods", "metrics")
+Computed = TypeVar("Computed")
 
 app = typer.Typer(
     name="evalbench",
@@ -257,6 +260,37 @@ def export(
 
 
 @app.command()
+def claims(
+    runs: Annotated[
+        list[Path] | None, typer.Argument(metavar="[RUN]...", help="Run folders to judge; default those in --out.")
+    ] = None,
+    run_: Annotated[bool, typer.Option("--run", help="Run both arms of each claim first, into --out.")] = False,
+    only: Annotated[str | None, typer.Option("--only", help="Claims: dpm_solver,ddim/2; default all.")] = None,
+    out: Annotated[Path, typer.Option("--out", help="Folder of run folders SUITE-N.")] = Path("results/runs/claims"),
+    ledger: Annotated[Path | None, typer.Option("--ledger", help="Update this file: results/claims.json.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="A list of objects, for tools.")] = False,
+    plugin: Plugin = None,
+    workers: Workers = None,
+    address: Address = None,
+    serial: Serial = False,
+) -> None:
+    """What runs say of each registered claim: holds, fails; observed, not observed, undecided here."""
+    check_executor(serial=serial, workers=workers, address=address)
+    if runs and run_:
+        raise UserError("RUN judges what is there and --run computes; drop one of them")
+    from evalbench import claims as found
+    from evalbench.registry import read_plugin
+
+    _load_plugins(plugin)
+    chosen = found.select(None if only is None else _words(only, "--only"))
+    if run_:
+        plugins = dict(read_plugin(path) for path in plugin or [])
+        _compute(lambda make, bar: found.run(chosen, out, make, bar, plugins), workers, address, serial)
+    folders = runs or sorted(file.parent for file in out.glob("*/manifest.json"))
+    raise typer.Exit(found.claims_command(chosen, folders, json_=json_, ledger=ledger))
+
+
+@app.command()
 def doctor() -> None:
     """What works on this machine and what is missing, with the line to type."""
     from evalbench import catalogue
@@ -296,6 +330,17 @@ def _numbers(text: str | None, option: str, kind: type[Any]) -> list[Any] | None
 
 def _run(request: Request, folder: Path, *, workers: int | None, address: str | None, serial: bool) -> list[Record]:
     from evalbench import runner
+
+    return _compute(lambda make, bar: runner.run(request, folder, make, bar), workers, address, serial)
+
+
+def _compute(
+    work: Callable[[Callable[[], Executor], ProgressBar], Computed],
+    workers: int | None,
+    address: str | None,
+    serial: bool,
+) -> Computed:
+    """Do work that needs an executor, with a progress bar; let go of the executor."""
     from evalbench.progress import ProgressBar
 
     made: list[Executor] = []
@@ -306,7 +351,7 @@ def _run(request: Request, folder: Path, *, workers: int | None, address: str | 
 
     try:
         with ProgressBar(_console(stderr=True)) as bar:
-            return runner.run(request, folder, executor, bar)
+            return work(executor, bar)
     finally:
         for one in made:
             one.shutdown()

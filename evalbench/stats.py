@@ -55,7 +55,7 @@ def normal_interval(value: float, se: float) -> Interval:
     return Interval(value - Z95 * se, value + Z95 * se)
 
 
-def t_interval(value: float, se: float, df: int) -> Interval:
+def t_interval(value: float, se: float, df: float) -> Interval:
     """value -/+ t se, t the two-sided 95 % point of Student's distribution with df degrees of freedom."""
     from scipy.stats import t  # slow to import; `evalbench list` imports this module
 

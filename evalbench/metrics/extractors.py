@@ -67,7 +67,8 @@ class MixtureModeDistance(Extractor):
     needs = ("x",)
 
     def __call__(self, batch: SampleBatch) -> torch.Tensor:
-        means, std = getattr(batch.model, "means", None), getattr(batch.model, "std", None)
+        means: torch.Tensor | None = getattr(batch.model, "means", None)
+        std: float | None = getattr(batch.model, "std", None)
         if means is None or std is None:
             raise UserError(
                 f"features 'gmm-mode-distance' need a model with isotropic modes, and '{batch.model.name}' has none; "

@@ -56,4 +56,5 @@ class MomentMatched(Model):
         gain = alpha * self._values / (alpha**2 * self._values + sigma**2)
         # sums, not matrix products: the bits of a row may not depend on the batch
         y = ((x - alpha * self.mean).unsqueeze(-1) * self._vectors).sum(1)  # (B, D) in the eigenbasis
-        return self.mean + ((gain * y).unsqueeze(1) * self._vectors).sum(-1)
+        x0: torch.Tensor = self.mean + ((gain * y).unsqueeze(1) * self._vectors).sum(-1)
+        return x0

@@ -68,7 +68,7 @@ def test_the_turn_by_hand_in_every_prediction_type(want: str) -> None:
     generator = np.zeros((8, 8))
     for i in range(0, 8, 2):
         generator[i, i + 1], generator[i + 1, i] = -1.0, 1.0
-    assert (generator.T == -generator).all()
+    assert (-generator == generator.T).all()
     expected = eps + 0.7 * eps @ torch.from_numpy(generator).T
     alpha, sigma = float(setup.path.alpha(t)), float(setup.path.sigma(t))
     x0 = (x - sigma * expected) / alpha
