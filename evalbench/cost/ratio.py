@@ -8,11 +8,14 @@ benchmarking in reasonable time"). So whole processes are resampled, in each of 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import numpy as np
 
 from evalbench.stats import Interval
 
+MARGIN = 0.05  # relative; two arms within it are called indistinguishable
+Speed: TypeAlias = Literal["faster", "slower", "indistinguishable", "undecided"]
 MIN_PROCESSES = 5  # with 4 the interval covers 86 %, with 3 83 % where processes differ more than their samples do
 
 
@@ -29,6 +32,22 @@ class Ratio:
     value: float
     interval: Interval | None
     processes: int
+
+
+def verdict(ratio: Ratio, margin: float = MARGIN) -> Speed:
+    """What an interval says of the first arm, against a relative margin of either side.
+
+    Wholly inside [1 / (1 + margin), 1 + margin]: indistinguishable. Wholly outside: faster or slower. Else undecided,
+    and so is a ratio without an interval. Swapping the arms swaps faster and slower and nothing else.
+    """
+    if ratio.interval is None:
+        return "undecided"
+    low, high, least, most = ratio.interval.low, ratio.interval.high, 1 / (1 + margin), 1 + margin
+    if least <= low and high <= most:
+        return "indistinguishable"
+    if high < least:
+        return "faster"
+    return "slower" if low > most else "undecided"
 
 
 def median_ratio(a: np.ndarray, b: np.ndarray, *, paired: bool = True, resamples: int = 1000, seed: int = 0) -> Ratio:

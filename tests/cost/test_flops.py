@@ -153,6 +153,31 @@ def test_unet() -> None:
         total = counted(lambda: network(x, t))
     # attention at 8 x 8 with 4 heads of 8: one down, one in the middle, two up
     assert total == seen["layers"] + 4 * attention(2, 4, 8 * 8, 8)
+    assert total == 2 * unet_by_hand()
+
+
+def unet_by_hand() -> int:
+    """FLOPs of one row of the network above, from its settings: widths 16 and 32, times in 64, images of 16 x 16."""
+
+    def conv(into: int, out: int, size: int, kernel: int = 3) -> int:
+        return 2 * into * out * kernel**2 * size**2
+
+    def linear(into: int, out: int, tokens: int = 1) -> int:
+        return 2 * into * out * tokens
+
+    def resnet(into: int, out: int, size: int) -> int:
+        shortcut = conv(into, out, size, kernel=1) if into != out else 0
+        return conv(into, out, size) + linear(64, out) + conv(out, out, size) + shortcut
+
+    def attend(width: int, size: int) -> int:
+        return 4 * linear(width, width, size**2) + attention(1, width // 8, size**2, 8)
+
+    time = linear(16, 64) + linear(64, 64)
+    down = resnet(16, 16, 16) + conv(16, 16, 8) + resnet(16, 32, 8) + attend(32, 8)  # a strided convolution between
+    middle = 2 * resnet(32, 32, 8) + attend(32, 8)
+    up = resnet(32 + 32, 32, 8) + resnet(32 + 16, 32, 8) + 2 * attend(32, 8) + conv(32, 32, 16)
+    up += resnet(32 + 16, 16, 16) + resnet(16 + 16, 16, 16)
+    return time + conv(3, 16, 16) + down + middle + up + conv(16, 3, 16)
 
 
 def test_dit() -> None:
@@ -176,6 +201,18 @@ def test_dit() -> None:
     # 8 x 8 patches
     assert total == seen["layers"] + layers * attention(2, heads, 8 * 8, channels)
     assert total > 1.1 * seen["layers"]
+    assert total == 2 * dit_by_hand(layers, width=heads * channels, heads=heads, tokens=8 * 8)
+
+
+def dit_by_hand(layers: int, width: int, heads: int, tokens: int) -> int:
+    """FLOPs of one row of the network above, from its settings: patches of 2 x 2 x 4, an MLP of 4 widths."""
+    patch = 2 * 2 * 4
+    embed_time = 2 * (256 * width + width * width)  # sinusoids of 256 through two layers
+    modulate = 2 * width * 6 * width
+    attend = 4 * 2 * tokens * width**2 + attention(1, heads, tokens, width // heads)
+    mlp = 2 * 2 * tokens * width * 4 * width
+    last = embed_time + 2 * width * 2 * width + 2 * tokens * width * patch
+    return 2 * tokens * patch * width + layers * (embed_time + modulate + attend + mlp) + last
 
 
 @pytest.mark.parametrize("name", ["gmm", "fashion-mixture"])

@@ -8,34 +8,13 @@ from itertools import chain, cycle, repeat
 import numpy as np
 import pytest
 import torch
+from virtual_time import MS, UNIT, VirtualClock
 
-from evalbench.cost.latency import Steady, interleaved, timed
-from evalbench.stats import line_fit, percentiles
+from evalbench.cost.latency import Steady, interleaved, timed, turns
+from evalbench.cost.line import time_per_evaluation
+from evalbench.stats import percentiles
 
 CPU = torch.device("cpu")
-MS = 1_000_000  # nanoseconds
-UNIT = 1_953_125  # nanoseconds: 1/512 s, which floats hold exactly
-
-
-class VirtualClock:
-    """Time that passes only inside calls; reading it takes none."""
-
-    def __init__(self) -> None:
-        self.now = 0
-        self.log: list[str] = []
-
-    def __call__(self) -> int:
-        return self.now
-
-    def call(self, name: str, durations: Iterable[int]) -> Callable[[], None]:
-        """A competitor whose calls take the given nanoseconds, one after the other."""
-        source = iter(durations)
-
-        def run() -> None:
-            self.log.append(name)
-            self.now += next(source)
-
-        return run
 
 
 def measure(clock: VirtualClock, calls: Mapping[str, Callable[[], object]], rounds: int, **options):
@@ -62,11 +41,11 @@ def test_the_reported_percentiles_are_the_truth() -> None:
 def test_slope_and_intercept_over_the_evaluations_are_the_truth() -> None:
     clock, budgets = VirtualClock(), (4, 8, 16, 32)
     slope, intercept = 4 * UNIT, 9 * UNIT
-    calls = {str(n): clock.call(str(n), repeat(intercept + n * slope)) for n in budgets}
+    calls = {str(n): clock.call(str(n), cycle([intercept + n * slope] * 3 + [999 * MS])) for n in budgets}
     counted, _ = measure(clock, calls, 5)
-    medians = np.array([percentiles(np.array(counted[str(n)])).median for n in budgets])
-    line = line_fit(np.array(budgets, dtype=float), medians)
-    assert (line.slope, line.intercept, line.r2) == (4 / 512, 9 / 512, 1.0)
+    line = time_per_evaluation({n: np.array(counted[str(n)]) for n in budgets})
+    assert (line.slope, line.intercept, line.r2, line.budgets) == (4 / 512, 9 / 512, 1.0, budgets)
+    assert (line.slope_interval.low, line.slope_interval.high) == (4 / 512, 4 / 512)
 
 
 def test_slow_first_calls_disturb_nothing() -> None:
@@ -115,17 +94,72 @@ def test_a_machine_that_slows_down_slows_both(names: tuple[str, ...]) -> None:
 
 def test_competitors_take_turns() -> None:
     clock = VirtualClock()
-    measure(clock, {name: clock.call(name, repeat(MS)) for name in "abc"}, 2)
-    assert "".join(clock.log) == "abc" * 3
+    measure(clock, {name: clock.call(name, repeat(MS)) for name in "abc"}, 2, samples=2)
+    assert "".join(clock.log) == "abc" + "cba" + "bca" + "acb" + "cab"
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 7])
+def test_every_competitor_stands_in_every_place_equally_often(n: int) -> None:
+    names = [str(i) for i in range(n)]
+    orders = [turns(names, k) for k in range(2 * n)]
+    places = np.array([[order.index(name) for order in orders] for name in names])
+    for row in places:
+        np.testing.assert_array_equal(np.bincount(row, minlength=n), np.full(n, 2))
+
+
+@pytest.mark.parametrize("names", ["ab", "abc"])
+def test_the_place_in_a_round_is_nobodys_advantage(names: str) -> None:
+    clock, position = VirtualClock(), [0]
+
+    def run() -> None:  # whoever comes first in a round pays for it
+        clock.now += 10 * MS if position[0] % len(names) else 30 * MS
+        position[0] += 1
+
+    counted, _ = measure(clock, dict.fromkeys(names, run), 6 * len(names))
+    sums = {name: sum(values) for name, values in counted.items()}
+    assert len(set(sums.values())) == 1
 
 
 def test_the_defaults_are_one_warm_up_and_the_rounds() -> None:
     events = list(interleaved({"a": lambda: None, "b": lambda: None}, 3, CPU))
-    assert [(name, counts) for name, _, counts in events] == [("a", False), ("b", False)] + [
-        ("a", True),
-        ("b", True),
-    ] * 3
+    places = [("a", False), ("b", False), ("b", True), ("a", True)]
+    places += [("b", True), ("a", True), ("a", True), ("b", True)]
+    assert [(name, counts) for name, _, counts in events] == places
     assert list(interleaved({}, 3, CPU)) == []
+
+
+def test_inputs_are_made_outside_the_clock() -> None:
+    clock, made = VirtualClock(), []
+
+    def before(name: str) -> None:
+        made.append(name)
+        clock.now += 500 * MS
+
+    counted, _ = measure(clock, {name: clock.call(name, repeat(MS)) for name in "ab"}, 3, before=before)
+    assert counted == {"a": [0.001] * 3, "b": [0.001] * 3}
+    assert made == clock.log
+
+
+def test_a_competitor_that_raises_is_out_and_the_others_go_on() -> None:
+    clock, failures = VirtualClock(), []
+    calls = {"a": clock.call("a", repeat(MS)), "b": clock.call("b", [MS, MS])}  # its third call raises
+    counted, _ = measure(clock, calls, 4, failed=lambda *failure: failures.append(failure))
+    assert (len(counted["a"]), len(counted["b"])) == (4, 1)
+    assert [(name, type(error)) for name, error in failures] == [("b", StopIteration)]
+    assert clock.log.count("b") == 3
+    with pytest.raises(StopIteration):
+        clock.call("b", [])()
+
+
+def test_no_round_is_run_when_everybody_failed() -> None:
+    clock, failures = VirtualClock(), {}
+    for steady in (None, Steady()):
+        assert (
+            list(
+                interleaved({"a": clock.call("a", [])}, 3, CPU, clock=clock, steady=steady, failed=failures.__setitem__)
+            )
+            == []
+        )
 
 
 @pytest.mark.parametrize(
@@ -148,6 +182,19 @@ def test_steady_compares_two_windows() -> None:
     assert rule.reached([1.0, 1.0, 1.0, 1.0, 1.0, 9.0])
     assert not rule.reached([1.2, 1.2, 1.2, 1.0, 1.0, 1.0])
     assert rule.reached([1.0625, 1.0625, 1.0625, 1.0, 1.0, 1.0])
+
+
+def test_warm_up_lasts_its_seconds_however_steady() -> None:
+    clock = VirtualClock()
+    calls = {"a": clock.call("a", repeat(10 * MS)), "b": clock.call("b", repeat(40 * MS))}
+    _, warm = measure(clock, calls, 1, steady=Steady(window=2, seconds=0.095))
+    assert warm == {"a": 10, "b": 10}
+
+
+def test_work_that_is_only_queued_is_waited_for() -> None:
+    clock = VirtualClock()
+    clock.queue(900 * MS)  # somebody else's, from before
+    assert timed(lambda: clock.queue(7 * UNIT), CPU, clock) == 7 / 512
 
 
 def test_timed_reads_the_clock_around_the_call() -> None:

@@ -170,6 +170,70 @@ def test_a_cache_costs_what_it_ran(fraction: float | None) -> None:
     np.testing.assert_allclose(ledger.flops, everyone((full + cached * 0.3) * door.model.flops), rtol=1e-15)
 
 
+@dataclass
+class TwoLevels(Model):
+    """A UNet of 8 x 8 images: one convolution at full size down and up, two deep ones at half size between them."""
+
+    native = "eps"
+    shape = (3, 8, 8)
+    # 2 FLOPs for each of 9 c_in weights, output channel and pixel
+    shallow = 2 * 9 * (3 * 4 + (4 + 4) * 3) * 64
+    deep = 2 * 9 * (4 * 8 + 8 * 4) * 16
+
+    def __post_init__(self) -> None:
+        widths = {"enter": (3, 4), "down": (4, 8), "up": (8, 4), "leave": (8, 3)}
+        self.layers = {name: nn.Conv2d(*width, 3, padding=1, bias=False) for name, width in widths.items()}
+
+    def run_deep(self, skip: torch.Tensor) -> torch.Tensor:
+        low = self.layers["up"](self.layers["down"](nn.functional.avg_pool2d(skip, 2)))
+        return nn.functional.interpolate(low, scale_factor=2.0)
+
+    def run(self, x: torch.Tensor, deep: torch.Tensor | None) -> torch.Tensor:
+        skip = self.layers["enter"](x)
+        deep = self.run_deep(skip) if deep is None else deep
+        return torch.tanh(self.layers["leave"](torch.cat([skip, deep], 1)))
+
+    def predict(self, x: torch.Tensor, t: Time, alpha: Time, sigma: Time, labels: torch.Tensor | None) -> torch.Tensor:
+        return self.run(x, None)
+
+
+class DeepCache(DenoiserWrap):
+    """Every k-th step runs the whole UNet; the others take its deep features from then."""
+
+    def __init__(self, inner: NetworkDoor, every: int) -> None:
+        super().__init__(inner)
+        self.door, self.every = inner, every
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        t: Time,
+        cond: Cond,
+        want: Want = "x0",
+        *,
+        step: Step | None = None,
+        rows: np.ndarray | None = None,
+    ) -> torch.Tensor:
+        assert step is not None
+        model: TwoLevels = self.door.model
+        if step.i % self.every == 0:
+            self.deep = model.run_deep(model.layers["enter"](x))
+            return self.door(x, t, cond, want, step=step, rows=rows)
+        return self.door.partial(lambda: model.run(x, self.deep), x, t, cond, want, key="shallow")
+
+
+@pytest.mark.parametrize(("every", "full"), [(1, 10), (2, 5), (5, 2), (10, 1)])
+def test_a_unet_cache_costs_its_shallow_path(every: int, full: int) -> None:
+    door, ledger = NetworkDoor(TwoLevels(), VPLinear(), "logsnr"), Ledger(BATCH)
+    door.ledger = ledger
+    run("ddim", 10, lambda d: DeepCache(d, every), door)
+    whole, shallow = TwoLevels.shallow + TwoLevels.deep, TwoLevels.shallow
+    np.testing.assert_array_equal(ledger.nfe, everyone(10))
+    np.testing.assert_array_equal(ledger.evals["base"], everyone(10))
+    np.testing.assert_array_equal(ledger.flops, everyone(full * whole + (10 - full) * shallow))
+    np.testing.assert_allclose(ledger.cost, everyone(full + (10 - full) * shallow / whole), rtol=1e-15)
+
+
 def test_the_cost_of_an_exact_model_needs_no_flops() -> None:
     door = exact(VPLinear(), BATCH).inner
     door.model.to(torch.float64, torch.device("cpu"))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from evalbench.cost.ratio import MIN_PROCESSES, median_ratio
+from evalbench.cost.ratio import MIN_PROCESSES, Ratio, median_ratio, verdict
+from evalbench.stats import Interval
 
 
 def timings(
@@ -104,3 +105,27 @@ def test_timings_are_positive_numbers(wrong: float) -> None:
     a[0, 0, 0] = wrong
     with pytest.raises(ValueError, match="finite and above 0"):
         median_ratio(a, np.ones((5, 2, 2)))
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0.90, 0.95, "faster"),
+        (0.90, 0.96, "undecided"),
+        (0.96, 1.04, "indistinguishable"),
+        (1 / 1.05, 1.05, "indistinguishable"),
+        (0.94, 1.06, "undecided"),
+        (0.951, 1.0, "undecided"),
+        (1.04, 1.30, "undecided"),
+        (1.06, 1.30, "slower"),
+    ],
+)
+def test_the_verdict_is_where_the_interval_lies(low: float, high: float, expected: str) -> None:
+    assert verdict(Ratio(1.0, Interval(low, high), 5)) == expected
+    swapped = {"faster": "slower", "slower": "faster"}.get(expected, expected)
+    assert verdict(Ratio(1.0, Interval(1 / high, 1 / low), 5)) == swapped
+
+
+def test_the_margin_is_a_choice_and_no_interval_is_no_verdict() -> None:
+    assert verdict(Ratio(1.2, Interval(1.15, 1.19), 5), margin=0.2) == "indistinguishable"
+    assert verdict(Ratio(9.0, None, 4)) == "undecided"
