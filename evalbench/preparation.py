@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -107,6 +106,9 @@ class _Billed(Field):
         return super().__call__(x, t, cond, want, step=step, rows=rows)
 
 
+_references: dict[str, Gaussian] = {}  # search splits of this process's suites
+
+
 class Context(Preparation):
     """What one part may use.
 
@@ -149,13 +151,15 @@ class Context(Preparation):
         return self._setup.model.data(range(n), cond.labels, SEARCH + seed), cond
 
     def distance(self, x: torch.Tensor) -> float:
-        return frechet_distance(moments(self._features(x)).gaussian(), self._reference)
+        return frechet_distance(moments(self._features(x)).gaussian(), self._reference())
 
-    @cached_property
     def _reference(self) -> Gaussian:
-        labels = self.cond(range(_REFERENCE_SAMPLES)).labels
-        x = self._setup.model.data(range(_REFERENCE_SAMPLES), labels, _REFERENCE_SEED)
-        return moments(self._features(x)).gaussian()
+        key = content_id([self._setup.suite.generation(), _REFERENCE_SEED, _REFERENCE_SAMPLES])
+        if key not in _references:
+            labels = self.cond(range(_REFERENCE_SAMPLES)).labels
+            x = self._setup.model.data(range(_REFERENCE_SAMPLES), labels, _REFERENCE_SEED)
+            _references[key] = moments(self._features(x)).gaussian()
+        return _references[key]
 
     def _features(self, x: torch.Tensor) -> np.ndarray:
         """Features of the suite's first Frechet distance; the samples themselves where it has none."""

@@ -1,0 +1,1 @@
+"""Methods that search: schedules and solvers found by evolution against a metric, before sampling."""
