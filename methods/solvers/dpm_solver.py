@@ -16,7 +16,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
 
@@ -32,8 +32,17 @@ from evalbench.engine import (
     multistep_order,
     phi,
 )
+from evalbench.errors import BudgetExceeded, Unsupported, UserError
+from evalbench.interfaces import Artifact, Cond, Denoiser, Preparation
 from evalbench.paths import Path, grid, spaced
 from evalbench.registry import register
+
+from ._adaptive import ATOL, RTOL, Tolerances, fitted, solve
+
+if TYPE_CHECKING:
+    import torch
+
+    from evalbench.noise import NoiseSource
 
 SolverType: TypeAlias = Literal["midpoint", "heun"]
 D2: TypeAlias = Literal["published", "taylor"]
@@ -51,27 +60,83 @@ class DPMSolver(PlannedSolver):
     its times. Multistep: one evaluation per step, the history in place of inner nodes; order 2 has order 2, order 3
     also order 2 (see `dpm-solver++`). Order 1 is `ddim`. A step to t = 0 is first order.
 
+    Adaptive ("DPM-Solver-12", "-23"): order 2 or 3; steps in lambda as long as a pair of orders p - 1 and p on the same
+    evaluations differs by no more than a tolerance, from h = 0.05 on, with safety factor 0.9. Each sample has its own
+    steps: its evaluations differ from sample to sample, and the budget is one for their mean. The authors' code takes
+    the largest error of the batch, which couples samples, and evaluates a second time at the start of a step that it
+    repeats; here neither. `rtol=0` fits both tolerances to the budget: `prepare` finds the smallest multiple of (atol,
+    rtol=0.05) whose evaluations, on search noise, leave room for the spread of a batch of 64; smaller batches may still
+    run over, and budgets that need rtol above 1 are refused. A given rtol is kept, and the row is an error where it
+    asks for more than the budget. Tolerances are of x on the suite's path: on `edm`, where x is sigma large, rtol means
+    far less than on a path that preserves variance. The calls carry no `Step`.
+
     It is not `dpm-solver++` (data prediction). Multistep equals diffusers' DPMSolverMultistepScheduler with
     `algorithm_type="dpmsolver"`. Singlestep equals DPMSolverSinglestepScheduler at order 2; at order 3 that class
     computes the second inner node with the midpoint formula, where the paper and this take phi_2.
 
     Attributes:
-        order: 1, 2 or 3. algorithm: `singlestep` or `multistep`.
+        order: 1, 2 or 3. algorithm: `singlestep`, `multistep` or `adaptive`.
         lower_order_final: the last steps fall to orders 2, 1: the paper's plan for singlestep order 3. Without it
             singlestep takes as many steps of full order as fit and then the rest in one step. diffusers does it in
-            multistep only below 15 steps, and otherwise only for a last step to t = 0.
-        grid: time grid; empty takes the suite's (the paper's is `logsnr`).
+            multistep only below 15 steps, and otherwise only for a last step to t = 0. Nothing to `adaptive`.
+        grid: time grid; empty takes the suite's (the paper's is `logsnr`). `adaptive` has none.
+        rtol: of `adaptive`, tolerance relative to |x| (the paper's is 0.05); 0 fits the tolerances to the budget.
+        atol: of `adaptive`, absolute tolerance in units of x. seed: of the search noise that rtol=0 is fitted on.
     """
 
     order: int = 3
-    algorithm: Literal["singlestep", "multistep"] = "singlestep"
+    algorithm: Literal["singlestep", "multistep", "adaptive"] = "singlestep"
     lower_order_final: bool = True
     grid: str = ""
+    rtol: float = 0.0
+    atol: float = ATOL
+    seed: int = 0
 
     def __post_init__(self) -> None:
         check_grid(self.grid)
         check_choice("dpm-solver", "order", self.order, (1, 2, 3))
-        check_choice("dpm-solver", "algorithm", self.algorithm, ("singlestep", "multistep"))
+        check_choice("dpm-solver", "algorithm", self.algorithm, ("singlestep", "multistep", "adaptive"))
+        if self.algorithm == "adaptive":
+            self._check_adaptive()
+        elif (self.rtol, self.atol, self.seed) != (0.0, ATOL, 0):
+            raise UserError("dpm-solver: rtol, atol and seed belong to adaptive steps; type algorithm=adaptive")
+
+    def _check_adaptive(self) -> None:
+        if self.order == 1 or self.grid:
+            raise UserError("dpm-solver: adaptive steps need order=2 or order=3, and no grid")
+        if not (self.rtol >= 0.0 and self.atol > 0.0 and self.seed >= 0):
+            raise UserError(
+                f"dpm-solver: rtol and seed are at least 0, atol above 0; got rtol={self.rtol}, atol={self.atol}, "
+                f"seed={self.seed}"
+            )
+
+    @property
+    def prepares(self) -> Literal["", "per-nfe"]:  # type: ignore[override]
+        """Only tolerances that are fitted to a budget need anything before sampling."""
+        return "per-nfe" if self.algorithm == "adaptive" and self.rtol == 0.0 else ""
+
+    def prepare(self, context: Preparation) -> Artifact:
+        tolerances, spent = fitted(context, self.order, Tolerances(self.atol, RTOL), self.seed)
+        return Artifact(facts={"atol": tolerances.atol, "rtol": tolerances.rtol, "mean nfe": float(spent.mean())})
+
+    def sample(self, denoiser: Denoiser, x_T: torch.Tensor, cond: Cond, nfe: int, noise: NoiseSource) -> torch.Tensor:
+        if self.algorithm != "adaptive":
+            return super().sample(denoiser, x_T, cond, nfe, noise)
+        tolerances = Tolerances(self.atol, self.rtol)
+        if self.rtol == 0.0:
+            facts = self.prepared().facts
+            tolerances = Tolerances(facts["atol"], facts["rtol"])
+        try:
+            return solve(denoiser, x_T, cond, self.order, tolerances)[0]
+        except BudgetExceeded as error:
+            raise BudgetExceeded(
+                f"{error} at rtol={tolerances.rtol:.3g}, atol={tolerances.atol:.3g}: type a larger rtol or budget"
+            ) from None
+
+    def plan_for(self, path: Path, suite_grid: str, nfe: int) -> Plan:
+        if self.algorithm == "adaptive":
+            raise Unsupported("dpm-solver(algorithm=adaptive) chooses its times while it samples; it has no plan")
+        return super().plan_for(path, suite_grid, nfe)
 
     def times(self, path: Path, kind: str, nfe: int) -> tuple[float, ...]:
         if self.algorithm == "multistep":
