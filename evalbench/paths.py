@@ -222,11 +222,58 @@ class Flow(Path):
         return np.ones_like(t, dtype=np.float64)[()]
 
 
-PATHS: dict[str, type[Path]] = {"vp-linear": VPLinear, "vp-discrete": VPDiscrete, "edm": EDM, "flow": Flow}
+@dataclass(frozen=True)
+class Masked(Path):
+    """Absorbing process of tokens: alpha(t) the probability that a token is clean at t, sigma(t) that it is [MASK].
+
+    sigma(t) = (1 - eps) t^exponent. exponent = 1 is the log-linear schedule, whose total noise is
+    -log(1 - (1 - eps) t) (Ou et al., RADD). Here alpha + sigma = 1 and nothing is Gaussian.
+
+    Attributes:
+        eps: probability that a token is still clean at t = 1. exponent: power of t.
+    """
+
+    t_start: float = 1.0
+    t_end: float = 1e-3
+    eps: float = 1e-3
+    exponent: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (0 < self.eps < 1 and self.exponent > 0 and self.t_start <= 1):
+            raise UserError(
+                f"path 'masked' needs 0 < eps < 1, exponent > 0 and t_start <= 1, got eps={self.eps}, "
+                f"exponent={self.exponent}, t_start={self.t_start}"
+            )
+
+    def log_alpha(self, t: Times) -> Any:
+        return np.log1p(-self.sigma(t))
+
+    def sigma(self, t: Times) -> Any:
+        return (1.0 - self.eps) * np.asarray(t, dtype=np.float64)[()] ** self.exponent
+
+    def t_of_lambda(self, lam: Times) -> Any:
+        # sigma = 1 / (1 + e^lambda)
+        return (np.exp(-np.logaddexp(0.0, lam)) / (1.0 - self.eps)) ** (1.0 / self.exponent)
+
+    def d_alpha(self, t: Times) -> Any:
+        return -self.d_sigma(t)
+
+    def d_sigma(self, t: Times) -> Any:
+        return (1.0 - self.eps) * self.exponent * np.asarray(t, dtype=np.float64)[()] ** (self.exponent - 1.0)
+
+
+PATHS: dict[str, type[Path]] = {
+    "vp-linear": VPLinear,
+    "vp-discrete": VPDiscrete,
+    "edm": EDM,
+    "flow": Flow,
+    "masked": Masked,
+}
 
 
 def make_path(kind: str, **options: Any) -> Path:
-    """Build a path by its name in suite files: vp-linear, vp-discrete, edm, flow.
+    """Build a path by its name in suite files: vp-linear, vp-discrete, edm, flow, masked.
 
     Raises:
         UserError: unknown kind or option.

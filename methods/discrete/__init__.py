@@ -1,0 +1,1 @@
+"""Discrete diffusion: tokens that are masked and revealed."""

@@ -1,0 +1,1 @@
+"""Joint models of several modalities: marginals, conditionals and the joint from one network."""
