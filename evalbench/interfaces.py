@@ -305,7 +305,7 @@ class Preparation(ABC):
 
     Attributes:
         solver: the solver of the chain, inside the modifiers before the part that prepares.
-        path, grid, shape: of the suite. nfe: the cell's budget (of the first cell, when the part prepares `once`).
+        path, grid, shape: of the suite. nfe: the cell's budget where the part prepares `per-nfe`, else 0.
     """
 
     solver: Solver

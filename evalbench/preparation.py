@@ -125,7 +125,8 @@ class Context(Preparation):
         self._wraps = len(self._before.wraps) if isinstance(preparing, Wrap) else len(chain.wraps)
         self.solver = self._before.sampler if isinstance(preparing, Modifier) else chain.solver
         self.path, self.grid, self.shape = setup.door.path, setup.door.grid, setup.door.shape
-        self.nfe = cell.nfe
+        # what is prepared once may not depend on which budget happened to come first
+        self.nfe = cell.nfe if preparing.prepares == "per-nfe" else 0
 
     def noise(self, indices: Sequence[int], seed: int = 0) -> NoiseSource:
         return NoiseSource(SEARCH + seed, indices, self.shape, self._setup.dtype, self._setup.device)

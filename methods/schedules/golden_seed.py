@@ -70,7 +70,7 @@ class GoldenSeed(Modifier):
         seed: draws the candidates' noise and the data that they are scored against.
     """
 
-    prepares = "once"
+    prepares = "per-nfe"
 
     seeds: int = 8
     keep: int = 2
