@@ -22,6 +22,7 @@ HEADER = (
     *("claim", "arms", "suite", "level", "author", "transfer", "verdict"),
     *("effect", "claimed", "power", "model", "date"),
 )
+SHORT = ("claim", "suite", "level, author, transfer", "verdict", "effect", "claimed", "power")
 _STYLES = {
     "holds": "green",
     "observed here": "green",
@@ -80,6 +81,14 @@ def table(rows: Sequence[Row]) -> str:
     return md_table(HEADER, lines, left=7) + "\n" + "".join(f"- {md(line)}\n" for line in LEGEND)
 
 
+def short_table(rows: Sequence[Row]) -> str:
+    """The same for a first page: without arms, remarks and dates."""
+    if not rows:
+        return "No method states a claim yet.\n"
+    lines = [[md_name(row["id"]) + " " + md(row["claim"]["text"]), *map(md, _short_cells(row))] for row in rows]
+    return md_table(SHORT, lines, left=4) + "\n" + "".join(f"- {md(line)}\n" for line in LEGEND)
+
+
 def page(rows: Sequence[Row]) -> str:
     """docs/claims.md: the table, and each claim with its source, seeds and values."""
     head = "<!-- made by `python docs/make.py claims` from results/claims.json; edit the claims instead -->\n"
@@ -101,7 +110,7 @@ def page(rows: Sequence[Row]) -> str:
 
 
 def insert(text: str, rows: Sequence[Row]) -> str:
-    """A page with the table between its markers.
+    """A page with the short table between its markers.
 
     Raises:
         EvalbenchError: it has no markers.
@@ -110,7 +119,7 @@ def insert(text: str, rows: Sequence[Row]) -> str:
     _, end, tail = rest.partition(END)
     if not (begin and end):
         raise EvalbenchError(f"the page has no lines '{BEGIN}' and '{END}'; add them where the table goes")
-    return f"{head}{BEGIN}\n{table(rows)}{END}{tail}"
+    return f"{head}{BEGIN}\n{short_table(rows)}{END}{tail}"
 
 
 def print_rows(rows: Sequence[Row]) -> None:
@@ -158,6 +167,12 @@ def _cells(row: Row) -> list[str]:
         row["model"],
         row["date"],
     ]
+
+
+def _short_cells(row: Row) -> list[str]:
+    claim = row["claim"]
+    kind = f"{claim['level']}, {claim['author']}, {claim['transfer']}"
+    return [claim["suite"], kind, row["word"], _effect(row), _claimed(claim), _power(row)]
 
 
 def _verdict(row: Row) -> str:

@@ -72,7 +72,8 @@ class _Turned(DenoiserWrap):
 
 _SOURCE = "On gauge freedom, conservativity and intrinsic dimensionality estimation (catalogue B 37, A 10)"
 
-# 512 evaluations, the suite's own fine solution: the statement is about the exact probability flow.
+# 512 evaluations, the suite's own fine solution: the statement is about the exact probability flow. Five seeds could not
+# decide the first (the distance is at its floor, +-56 %, "11 would"), so it was stated again for 16 others.
 CLAIM = (
     Claim(
         text="A gauge of strength 1 leaves the distribution of the samples: sliced Wasserstein distance within 50 %",
@@ -81,6 +82,7 @@ CLAIM = (
         baseline="heun(grid=logsnr)",
         nfe=512,
         metric="sw@identity",
+        seeds=tuple(range(5, 21)),
         direction="equal",
         effect=0.5,
         level="M",
