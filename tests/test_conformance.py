@@ -44,12 +44,16 @@ VARIANTS = [
     "any-order(order=left-to-right)",
     "ddim+unidiffuser(task=image)",
     "heun+unidiffuser(task=text-given-image,scale=2)",
+    "ddpm+best-of-n(n=1)",
+    "rbf(interpolant=vp)",
+    "svdd(interpolant=vp,grid=)",
 ]
 SUITES = ["gmm-smooth", "gmm-smooth-edm", "gmm-smooth-flow"]
 # Where a method runs that needs what the models of SUITES do not have, by what it needs.
 ELSEWHERE = {
     "modalities": "gmm-joint",
     "operator": "gmm-inverse",
+    "reward": "gmm-reward-flow",
     "role small": "gmm-64-pair",
     "tokens": "tokens-markov",
 }

@@ -1,1 +1,1 @@
-"""Methods that search: schedules and solvers found by evolution against a metric, before sampling."""
+"""Methods that search: schedules and solvers before sampling, noise and paths against a reward while sampling."""

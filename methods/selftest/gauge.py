@@ -72,7 +72,7 @@ class _Turned(DenoiserWrap):
 
 _SOURCE = "On gauge freedom, conservativity and intrinsic dimensionality estimation (catalogue B 37, A 10)"
 
-# 512 evaluations, the suite's own fine solution: the statement is about the exact probability flow. Five seeds could not
+# 512 evaluations, the suite's own fine solution: the statement is about the exact flow. Five seeds could not
 # decide the first (the distance is at its floor, +-56 %, "11 would"), so it was stated again for 16 others.
 CLAIM = (
     Claim(

@@ -22,7 +22,15 @@ def _parts():
         "paired:identity": x + 0.1 * rng.standard_normal((N, D)),
         "gmm-mode": rng.integers(0, 4, N).astype(float),
         "fashion-classifier": rng.integers(0, 2, N).astype(float),
+        "tokens": rng.integers(0, 3, (N, 5)),
+        "gmm-mode-distance": 1.0 + 0.1 * rng.standard_normal(N),
+        "token-nll": rng.normal(1.0, 0.2, N),
         "tiny-fashion": rng.normal(0.3, 0.1, N).astype(np.float32),
+        # 12 measurements; error, risk, signal (the same for all), consistency, distance; then the whitened sample
+        "posterior": np.column_stack(
+            [np.arange(N) % 12, rng.random((N, 2)), np.ones(N), rng.random((N, 2)), rng.standard_normal((N, D))]
+        ),
+        "reward-target": -rng.random(N),
     }
 
 
@@ -32,10 +40,13 @@ REFERENCE = {
     "cov": np.eye(D),
     "draws": 5 + np.random.default_rng(1).standard_normal((80, D)),
     "weights": np.full(4, 0.25),
+    "pairs": np.full((3, 3), 1 / 9),
+    "entropy": np.array([1.1]),
 }
 IDS = (
     "accuracy@fashion-classifier",
     "align@tiny-fashion",
+    "consistency@posterior",
     "coverage@identity",
     "density@identity",
     "fd-infinity@identity",
@@ -43,11 +54,20 @@ IDS = (
     "fd_to_converged@identity",
     "kid@identity",
     "mode-coverage@gmm-mode",
+    "mode-distance@gmm-mode-distance",
+    "nll-gap@token-nll",
+    "pair-tv@tokens",
     "paired-median@identity",
     "paired-p90@identity",
     "paired-rms@identity",
+    "posterior-energy@posterior",
+    "posterior-rmse@posterior",
+    "posterior-spread@posterior",
     "precision@identity",
     "recall@identity",
+    "recovery-snr@posterior",
+    "reward@reward-target",
+    "shortfall@reward-target",
     "sw@identity",
 )
 
@@ -89,6 +109,7 @@ def test_facts(metric_id):
     assert metric.summary()
     assert metric.paired == metric_id.startswith("paired-")
     higher = ("accuracy", "align", "coverage", "density", "mode-coverage", "precision", "recall")
+    higher += ("posterior-spread", "recovery-snr", "reward")
     assert metric.higher_is_better == metric_id.startswith(higher)
 
 
