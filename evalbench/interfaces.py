@@ -344,7 +344,14 @@ class Preparation(ABC):
 
     @abstractmethod
     def distance(self, x: torch.Tensor) -> float:
-        """The metric oracle: Frechet distance of samples x, (n, *S), flattened, to the search split of the data."""
+        """The metric oracle: Frechet distance of samples x, (n, *S), to the search split of the data.
+
+        In the features of the suite's first Frechet distance; in the samples themselves where it has none.
+        """
+
+    @abstractmethod
+    def distance_to(self, data: torch.Tensor) -> Callable[[torch.Tensor], float]:
+        """The same oracle against other clean samples, (n, *S), such as those of one class."""
 
 
 class Method(Registered):

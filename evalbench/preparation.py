@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,7 +152,14 @@ class Context(Preparation):
         return self._setup.model.data(range(n), cond.labels, SEARCH + seed), cond
 
     def distance(self, x: torch.Tensor) -> float:
-        return frechet_distance(moments(self._features(x)).gaussian(), self._reference())
+        return self._distance(x, self._reference())
+
+    def distance_to(self, data: torch.Tensor) -> Callable[[torch.Tensor], float]:
+        reference = moments(self._features(data)).gaussian()
+        return lambda x: self._distance(x, reference)
+
+    def _distance(self, x: torch.Tensor, reference: Gaussian) -> float:
+        return frechet_distance(moments(self._features(x)).gaussian(), reference)
 
     def _reference(self) -> Gaussian:
         key = content_id([self._setup.suite.generation(), _REFERENCE_SEED, _REFERENCE_SAMPLES])

@@ -88,14 +88,13 @@ class GoldenSeed(Modifier):
 
     def prepare(self, context: Preparation) -> Artifact:
         halves = self._halves(context)
-        references = [reference_of(context, labels, self.seed) for _, labels in halves]
+        distances = [context.distance_to(data_of(context, labels, self.seed)) for _, labels in halves]
         scores = np.zeros((2, self.seeds))
         source = context.noise(range(1), self.seed)
         for k in range(self.seeds):
             for half, (slots, labels) in enumerate(halves):
                 noise = context.noise([k * self.block + j for j in slots], self.seed)
-                x = _generate(context, noise, labels)
-                scores[half, k] = frechet(statistics(x), references[half])
+                scores[half, k] = distances[half](_generate(context, noise, labels))
         pool = np.argsort(scores[0], kind="stable")[: self.keep]
         rho, low, high = spearman(scores[0], scores[1])
         facts = {
@@ -167,37 +166,22 @@ class FromPool(Solver):
 # --- scores ----------------------------------------------------------------------------------------------------------
 
 
-def statistics(x: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Mean (D,) and covariance (D, D) of samples (n, *S)."""
-    flat = x.flatten(1).double().cpu().numpy()
-    return flat.mean(0), np.cov(flat, rowvar=False)
-
-
-def reference_of(context: Preparation, labels: Sequence[int], seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Statistics of clean data of these labels; of all data where there are none."""
+def data_of(context: Preparation, labels: Sequence[int], seed: int) -> torch.Tensor:
+    """Clean samples of these labels; of all labels where there are none."""
     x, cond = context.data(_REFERENCE, seed)
     if labels and cond.labels is not None:
         wanted = cond.labels.new_tensor(list(labels))
         x = x[(cond.labels[:, None] == wanted).any(1)]
-    return statistics(x)
+    return x
 
 
 _REFERENCE = 4096  # clean samples of all labels
 
 
-def frechet(a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray]) -> float:
-    """Frechet distance of two Gaussians, |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_b^1/2 C_a C_b^1/2)^1/2)."""
-    (mean_a, cov_a), (mean_b, cov_b) = a, b
-    values, vectors = np.linalg.eigh(cov_b)
-    root = (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
-    cross = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ cov_a @ root), 0.0)).sum()
-    return float(((mean_a - mean_b) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2.0 * cross)
-
-
 def spearman(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float]:
     """Rank correlation of distinct values with its 95 % interval; n >= 4.
 
-    Fisher's z with the variance 1.06 / (n - 3) (Fieller, Hartley & Pearson 1957).
+    Fisher's z with the variance 1.06 / (n - 3); the tests simulate its coverage.
     """
     ranks: list[Any] = [np.argsort(np.argsort(values)) for values in (a, b)]
     rho = float(np.corrcoef(*ranks)[0, 1])

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from evalbench.errors import Unsupported
-from evalbench.interfaces import Cond, Denoiser, DenoiserWrap, Step, Time, Want
+from evalbench.interfaces import Cond, Denoiser, DenoiserWrap, Want
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
 
 
@@ -29,18 +28,6 @@ class Truncated(DenoiserWrap):
         if t <= inner.path.t_end:
             raise Unsupported(f"start={start:g} is time {t:g}, at or below the path's end {inner.path.t_end:g}")
         self.path = inner.path.between(t_start=t)
-
-    def __call__(
-        self,
-        x: torch.Tensor,
-        t: Time,
-        cond: Cond,
-        want: Want = "x0",
-        *,
-        step: Step | None = None,
-        rows: np.ndarray | None = None,
-    ) -> torch.Tensor:
-        return self.inner(x, t, cond, want, step=step, rows=rows)
 
     def jvp(
         self, x: torch.Tensor, t: float, cond: Cond, want: Want, dx: torch.Tensor, dt: float = 0.0
