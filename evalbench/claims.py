@@ -151,20 +151,20 @@ def _random_prepares(method: str) -> list[Method]:
     return [part for part in registry.build_method(method).parts if part.prepares and _has_seed(part)]
 
 
-def _reseeded(claim: Claim) -> set[type[Method]]:
+def _reseeded(claim: Claim) -> list[Method]:
     """What `prepare_seeds` repeats: random prepares of both arms; without any, what has a seed in the arm."""
     random = [*_random_prepares(claim.arm), *_random_prepares(claim.baseline)]
-    return {type(part) for part in random or filter(_has_seed, registry.build_method(claim.arm).parts)}
+    return random or [part for part in registry.build_method(claim.arm).parts if _has_seed(part)]
 
 
-def _with_seed(method: str, seed: int | None, parts: set[type[Method]]) -> str:
+def _with_seed(method: str, seed: int | None, parts: Sequence[Method]) -> str:
     """The chain with `seed=` set in these parts; as it is without a seed."""
     chain = registry.build_method(method)
     if seed is None:
         return chain.text
 
     def again(part: Any) -> Any:
-        return replace(part, seed=seed) if type(part) in parts else part
+        return replace(part, seed=seed) if part in parts else part
 
     solver, *others = map(again, chain.parts)
     return registry.Chain(solver, tuple(others)).text

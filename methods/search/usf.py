@@ -20,7 +20,7 @@ from typing import Any, Literal, Self, TypeAlias, get_args
 
 from evalbench.engine import Eval, Plan, PlannedSolver, State, check_grid, derivative_weights, linear_step, phi
 from evalbench.errors import Unsupported, UserError
-from evalbench.interfaces import Want
+from evalbench.interfaces import Claim, Want
 from evalbench.paths import Path, grid
 from evalbench.registry import register
 
@@ -327,3 +327,20 @@ class USF(PlannedSolver):
         if not self.lower_order_final:
             return tuple(full)
         return tuple(replace(decision, order=min(decision.order, n - i)) for i, decision in enumerate(full))
+
+
+CLAIM = Claim(
+    text="With data prediction, order 2 and two points at every step USF is DPM-Solver++(2M)",
+    suite="gmm-smooth",
+    arm="usf",
+    baseline="dpm-solver++",
+    nfe=10,
+    metric="paired-median@identity",
+    direction="equal",
+    effect=1e-9,
+    level="M",
+    author="paper",
+    transfer="fair",
+    source="A Unified Sampling Framework for Solver Searching; catalogue A 23 (c)",
+    witness="tests/methods/test_usf.py",
+)

@@ -33,7 +33,7 @@ from evalbench.engine import (
     phi,
 )
 from evalbench.errors import BudgetExceeded, Unsupported, UserError
-from evalbench.interfaces import Artifact, Cond, Denoiser, Preparation
+from evalbench.interfaces import Artifact, Claim, Cond, Denoiser, Preparation
 from evalbench.paths import Path, grid, spaced
 from evalbench.registry import register
 
@@ -372,3 +372,57 @@ def singlestep_step(plan: Plan, path: Path, x: State, nodes: Sequence[float], so
         D2 = 2.0 * (D1_2 - D1_1) / (r2 - r1)
         weights = -scale * z * _integral(z, (D0, D1, D2), "heun")
     return plan.update({x: a}, _weighted((m_s, m_1, m_2), weights))
+
+
+# --- claims ---------------------------------------------------------------------------------------------------------
+
+_CATALOGUE = "Lu et al. 2022, DPM-Solver; catalogue B, A 3 (smooth mixture, logSNR grid, medians)"
+
+CLAIM = (
+    Claim(
+        text="At 5 evaluations the singlestep solver of order 3 ends farther from the flow's end than DDIM",
+        suite="gmm-smooth",
+        arm="dpm-solver(order=3)",
+        baseline="ddim",
+        nfe=5,
+        metric="paired-median@identity",
+        direction="higher",
+        effect=1.1,
+        level="E",
+        author="catalogue",
+        transfer="fair",
+        source=_CATALOGUE,
+        witness="tests/methods/test_agreement.py",
+    ),
+    Claim(
+        text="At 10 evaluations it ends nearer",
+        suite="gmm-smooth",
+        arm="dpm-solver(order=3)",
+        baseline="ddim",
+        nfe=10,
+        metric="paired-median@identity",
+        direction="lower",
+        effect=0.7,
+        level="E",
+        author="catalogue",
+        transfer="fair",
+        source=_CATALOGUE,
+        witness="tests/methods/test_agreement.py",
+    ),
+    Claim(
+        text="At 40 evaluations adaptive steps of order 3 end nearer than as many on a fixed logSNR grid (size ours)",
+        suite="gmm-smooth",
+        arm="dpm-solver(algorithm=adaptive,order=3)",
+        baseline="dpm-solver(order=3)",
+        nfe=40,
+        metric="paired-median@identity",
+        direction="lower",
+        effect=0.1,
+        level="E",
+        author="catalogue",
+        transfer="fair",
+        source="Lu et al. 2022, DPM-Solver, adaptive step size; catalogue B 4 gives no size",
+        prepare_seeds=(0, 1, 2),
+        witness="tests/methods/test_dpm_solver_adaptive.py",
+    ),
+)
