@@ -27,6 +27,10 @@ def make_request(
     seeds: Sequence[int] | None = None,
     metrics: Sequence[str] | None = None,
     measure: Sequence[str] = ("quality",),
+    processes: int | None = None,
+    latency_rounds: int | None = None,
+    latency_batch: Sequence[int] = (),
+    variant: str = "",
     samples: int | None = None,
     batch: int | None = None,
     dtype: str | None = None,
@@ -41,6 +45,9 @@ def make_request(
         methods: chains such as `dpm-solver++(order=3)+cfg(scale=2)`. nfe: budgets. guidance: scales, 1 is off.
         budget_unit: what `nfe` counts: `nfe`, `evals` (network rows) or `steps` of the time grid.
         seeds: run seeds. metrics: ids. measure: `quality`, `latency`. samples, batch, dtype: override the suite's.
+        processes, latency_rounds: fresh processes of a latency run (below 5, ratios have no interval) and the least
+            number of rounds in each. latency_batch: samples per timed call; empty is 1 and the suite's.
+        variant: how a latency run executes the network: `compile,bfloat16`; empty is eager in the suite's dtype.
         save_samples: keep every image. allow_small_n: compute set distances below their least N.
         plugins: paths of Python files that register methods, metrics or models.
 
@@ -55,11 +62,23 @@ def make_request(
 
     if budget_unit not in BUDGET_UNITS:
         raise unknown("budget unit", budget_unit, BUDGET_UNITS)
+    for option, value in (("--processes", processes), ("--latency-rounds", latency_rounds)):
+        if value is not None and value < 1:
+            raise UserError(f"{option} {value}: at least 1")
+    for size in latency_batch:
+        if size < 1:
+            raise UserError(f"--latency-batch {size}: at least 1")
     facts = load_suite(suite).override(samples=samples, batch=batch, dtype=dtype)
 
+    from evalbench.cost.variants import Variant
     from evalbench.registry import read_plugin  # imports torch: only once the words make sense
     from evalbench.runner import Request, unique
+    from evalbench.timing import Effort
 
+    if variant:
+        Variant.parse(variant)
+    usual = Effort()
+    effort = Effort(processes or usual.processes, latency_rounds or usual.rounds, batches=unique(latency_batch))
     return Request(
         suite=facts,
         methods=unique(methods or facts.methods),
@@ -69,6 +88,8 @@ def make_request(
         seeds=unique(facts.sampling.seeds if seeds is None else seeds),
         metrics=unique(facts.metrics.names if metrics is None else metrics),
         measure=frozenset(measure),
+        effort=effort,
+        variant=variant,
         save_samples=save_samples,
         allow_small_n=allow_small_n,
         plugins=dict(read_plugin(path) for path in plugins),

@@ -46,6 +46,14 @@ Samples = Annotated[int | None, typer.Option("--samples", help="Samples per cell
 Seeds = Annotated[str | None, typer.Option("--seeds", help="Run seeds: 0,1,2.")]
 MetricIds = Annotated[str | None, typer.Option("--metrics", help="Metric ids; default: the suite's.")]
 Measure = Annotated[str, typer.Option("--measure", help="quality, latency, or quality,latency.")]
+Processes = Annotated[
+    int | None, typer.Option("--processes", help="Fresh processes of a latency run; 5, below them no intervals.")
+]
+LatencyRounds = Annotated[int | None, typer.Option("--latency-rounds", help="Rounds in each of them, at least; 5.")]
+LatencyBatch = Annotated[str | None, typer.Option("--latency-batch", help="Samples per timed call: 1,64.")]
+VariantText = Annotated[
+    str, typer.Option("--variant", help="How latency runs execute the network: compile,bfloat16; eager.")
+]
 Batch = Annotated[int | None, typer.Option("--batch", help="Samples per network call; part of the fingerprint.")]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="float32 or float64.")]
 Out = Annotated[Path | None, typer.Option("--out", help="Run folder; default results/runs/SUITE.")]
@@ -78,6 +86,10 @@ def run(
     seeds: Seeds = None,
     metrics: MetricIds = None,
     measure: Measure = "quality",
+    processes: Processes = None,
+    latency_rounds: LatencyRounds = None,
+    latency_batch: LatencyBatch = None,
+    variant: VariantText = "",
     batch: Batch = None,
     dtype: Dtype = None,
     out: Out = None,
@@ -100,6 +112,10 @@ def run(
         seeds=_numbers(seeds, "--seeds", int),
         metrics=None if metrics is None else _words(metrics, "--metrics"),
         measure=_words(measure, "--measure"),
+        processes=processes,
+        latency_rounds=latency_rounds,
+        latency_batch=_numbers(latency_batch, "--latency-batch", int) or (),
+        variant=variant,
         samples=samples,
         batch=batch,
         dtype=dtype,
@@ -123,7 +139,10 @@ def quickstart(
 ) -> None:
     """The main job on the embedded default: four samplers x three budgets on fashion-mixture, with a report."""
     check_executor(serial=serial, workers=workers, address=None)
-    request = make_request("fashion-mixture", measure=("quality", "latency"))
+    from evalbench.runner import light
+
+    # one fresh process: enough to see the tables, too little for an interval, and the report says so
+    request = light(make_request("fashion-mixture", measure=("quality", "latency")))
     folder = out or Path("results/runs/quickstart")
     records = _run(request, folder, workers=workers, address=None, serial=serial)
     _finish(records, folder)

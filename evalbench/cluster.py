@@ -9,10 +9,11 @@ from typing import Any
 
 import ray
 
-from evalbench import worker
+from evalbench import timing, worker
 from evalbench.errors import EvalbenchError
 from evalbench.spec import Failure
-from evalbench.worker import Job, JobFailure, LatencyJob, LatencyResult, Outcome, PrepareJob, Timing
+from evalbench.timing import LatencyJob, LatencyResult, Timing
+from evalbench.worker import Job, JobFailure, Outcome, PrepareJob
 
 _RETRIES = 3  # a chunk whose worker died this often is quarantined as an error of its cell
 
@@ -26,12 +27,16 @@ class _Worker:
     def run(self, job: Job | PrepareJob) -> Outcome:
         return worker.run_job(job)
 
-    def latency(self, job: LatencyJob) -> Iterator[Timing | LatencyResult]:
-        yield from worker.run_latency(job)
+
+class _Timer:
+    """What runs in the actor of a latency run: it starts the timed processes, and holds the device for them."""
+
+    def run(self, job: LatencyJob) -> Iterator[Timing | LatencyResult]:
+        yield from timing.run_latency(job)
 
 
 class RayExecutor:
-    """One warm actor per worker on a local or a running Ray.
+    """One warm actor per worker on a local or a running Ray; for latency runs they make room.
 
     Args:
         workers: number of actors; None takes one per GPU, or one per CPU core without GPUs.
@@ -46,10 +51,20 @@ class RayExecutor:
         share = min(1.0, gpus / self.workers)
         # one thread each (design, section 5); the environment is set before torch is imported
         threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-        self._actor_class: Any = ray.remote(_Worker).options(
-            num_cpus=1, num_gpus=share, runtime_env={"env_vars": threads}
+        environment = {"env_vars": threads}
+        self._actor_class: Any = ray.remote(_Worker).options(num_cpus=1, num_gpus=share, runtime_env=environment)
+        # the whole GPU, and a node's cores: no other Ray job can be placed beside it
+        whole = max(1, int(max((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=1)))
+        self._timer_class: Any = ray.remote(_Timer).options(
+            num_cpus=whole, num_gpus=min(1, gpus), runtime_env=environment
         )
-        self._actors: list[Any] = [self._actor_class.remote() for _ in range(self.workers)]
+        self._made: list[Any] = []
+
+    @property
+    def _actors(self) -> list[Any]:
+        if not self._made:
+            self._made = [self._actor_class.remote() for _ in range(self.workers)]
+        return self._made
 
     def environment(self) -> dict[str, Any]:
         """The environment of the workers (of the first: a cluster of several kinds is not told apart yet)."""
@@ -83,14 +98,26 @@ class RayExecutor:
                     yield _quarantined(job, error)
 
     def latency(self, job: LatencyJob) -> Iterator[Timing | LatencyResult]:
-        """Time on one actor; the others are idle because `map` has ended."""
-        for reference in self._actors[0].latency.options(num_returns="streaming").remote(job):
-            yield ray.get(reference)
+        """Time alone: the workers, their models and their hold on the GPU go first, and come back when they are needed.
+
+        Waits until another job of the cluster has left the device.
+        """
+        self._let_go()
+        timer = self._timer_class.remote()
+        try:
+            for reference in timer.run.options(num_returns="streaming").remote(job):
+                yield ray.get(reference)
+        finally:
+            ray.kill(timer)
+
+    def _let_go(self) -> None:
+        for actor in self._made:
+            ray.kill(actor)
+        self._made = []
 
     def shutdown(self) -> None:
         """Stop the actors, and Ray when this executor started it."""
-        for actor in self._actors:
-            ray.kill(actor)
+        self._let_go()
         if self._started:
             ray.shutdown()
 

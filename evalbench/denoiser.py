@@ -15,6 +15,7 @@ What a call costs is measured, in units of one unguided full forward of the base
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
@@ -23,6 +24,7 @@ import numpy as np
 import torch
 import torch.autograd.forward_ad as fwAD
 
+from evalbench.cost.breakdown import Stopwatch, span
 from evalbench.cost.flops import FlopCount, count, count_forward
 from evalbench.cost.ledger import Amount, Ledger
 from evalbench.errors import Unsupported
@@ -34,7 +36,8 @@ from evalbench.predictions import convert, dual, on_path, tangent_of
 class NetworkDoor(Denoiser):
     """Calls the model and writes the rows into the ledger under `role`. Nothing else calls a model.
 
-    FLOPs are counted once per call signature, in an extra call whose result is dropped (measurement, not use).
+    FLOPs are counted once per call signature, in an extra call whose result is dropped (measurement, not use). A door
+    that is timed does not count them: `counting = False` makes costs and FLOPs NaN, and every call a plain one.
 
     Args:
         model: the network. path: its path, with start and end.
@@ -62,6 +65,8 @@ class NetworkDoor(Denoiser):
         self._roles = {name: NetworkDoor(other, path, grid, name, base=self) for name, other in (roles or {}).items()}
         self.base = base
         self._ledger = Ledger(0)
+        self._counting = True
+        self._stopwatch: Stopwatch | None = None
         self._counted: dict[tuple[Any, ...], FlopCount] = {}
 
     @property
@@ -75,6 +80,24 @@ class NetworkDoor(Denoiser):
             self._ledger = ledger
         else:
             self.base.ledger = ledger
+
+    @property
+    def counting(self) -> bool:
+        """Whether FLOPs are counted; of all roles at once."""
+        return self._counting if self.base is None else self.base.counting
+
+    @counting.setter
+    def counting(self, counting: bool) -> None:
+        (self.base or self)._counting = counting
+
+    @property
+    def stopwatch(self) -> Stopwatch | None:
+        """Told of the time inside networks, those of all roles; None outside metered passes."""
+        return self._stopwatch if self.base is None else self.base.stopwatch
+
+    @stopwatch.setter
+    def stopwatch(self, stopwatch: Stopwatch | None) -> None:
+        (self.base or self)._stopwatch = stopwatch
 
     def __call__(
         self,
@@ -91,7 +114,9 @@ class NetworkDoor(Denoiser):
         flops = self._count("full", self._forward(x_0, t_0, cond), x, t, cond)
         unit = self._unit(x_0, t_0, cond)
         full_size = self.base is None and tuple(x.shape[1:]) == self.shape
-        out = self._forward(x, t, cond)()
+        forward = self._forward(x, t, cond)
+        with span(self.stopwatch, "denoiser"):
+            out = forward()
         self.ledger.add_network(self.role_name, rows, len(x), cost=1.0 if full_size else flops / unit, flops=flops)
         if dx is not None or dt is not None:  # what the tangent takes beside the forward
             tangent = self._count("dual", self._forward(x, t, cond), x, t, cond) - flops
@@ -123,7 +148,8 @@ class NetworkDoor(Denoiser):
         full = self._count("full", self._forward(x, t, cond), x, t, cond)
         unit = self._unit(x, t, cond)
         flops: Amount = self._count(("partial", key), forward, x, t, cond) if fraction is None else fraction * full
-        out = forward()
+        with span(self.stopwatch, "denoiser"):
+            out = forward()
         # where the full forward is the unit, a declared share needs no FLOPs to be exact
         is_unit = self.base is None and tuple(x.shape[1:]) == self.shape
         cost = fraction if fraction is not None and is_unit else flops / unit
@@ -137,6 +163,8 @@ class NetworkDoor(Denoiser):
 
     def _unit(self, x: torch.Tensor, t: Time, cond: Cond) -> float:
         """FLOPs of a row of one full forward of the base model, at x's batch; NaN when they cannot be counted."""
+        if not self.counting:
+            return math.nan
         base = self if self.base is None else self.base
         if tuple(x.shape[1:]) != base.shape:
             x = x.new_zeros(len(x), *base.shape)
@@ -144,7 +172,9 @@ class NetworkDoor(Denoiser):
         return base.ledger.base_flops
 
     def _count(self, key: Hashable, forward: Callable[[], torch.Tensor], x: torch.Tensor, t: Time, cond: Cond) -> float:
-        """FLOPs per row of a call, counted once for its key and signature."""
+        """FLOPs per row of a call, counted once for its key and signature; NaN where they are not counted."""
+        if not self.counting:
+            return math.nan
         signature = (key, tuple(x.shape), x.dtype, isinstance(t, torch.Tensor), cond.labels is None)
         if signature not in self._counted:
             self._counted[signature] = count_forward(forward)
@@ -169,9 +199,7 @@ class NetworkDoor(Denoiser):
         rows: np.ndarray | None = None,
     ) -> torch.Tensor:
         found: list[torch.Tensor] = []
-        measured = count(lambda: found.extend(torch.autograd.grad(out, x, grad_outputs)))
-        self.ledger.uncounted.update(measured.uncounted)
-        flops = measured.flops / len(x)
+        flops = self._run(lambda: found.extend(torch.autograd.grad(out, x, grad_outputs))) / len(x)
         # the unit is known: the forward that made `out` counted it
         self.ledger.add_backward(rows, len(x), cost=flops / self.ledger.base_flops, flops=flops)
         return found[0]
@@ -180,10 +208,19 @@ class NetworkDoor(Denoiser):
         self, role: str, call: Callable[[], torch.Tensor], n: int, *, rows: np.ndarray | None = None
     ) -> torch.Tensor:
         found: list[torch.Tensor] = []
-        measured = count(lambda: found.append(call()))
-        self.ledger.uncounted.update(measured.uncounted)
-        self.ledger.add_aux(role, rows, n, flops=measured.flops / n)
+        flops = self._run(lambda: found.append(call())) / n
+        self.ledger.add_aux(role, rows, n, flops=flops)
         return found[0]
+
+    def _run(self, call: Callable[[], object]) -> float:
+        """Run what cannot be run twice; its FLOPs, NaN where they are not counted."""
+        with span(self.stopwatch, "denoiser"):
+            if not self.counting:
+                call()
+                return math.nan
+            measured = count(call)
+        self.ledger.uncounted.update(measured.uncounted)
+        return measured.flops
 
     def reward(self, name: str, x0: torch.Tensor, cond: Cond, *, rows: np.ndarray | None = None) -> torch.Tensor:
         return self.auxiliary(f"reward.{name}", lambda: self.model.reward(name, x0, cond.labels), len(x0), rows=rows)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import resource
 import subprocess
 import sys
 from functools import lru_cache
@@ -36,7 +35,8 @@ def prepare_process(threads: int = 1) -> None:
     """Settings of a quality run: one thread, deterministic algorithms, no TF32 (design, section 5)."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(True)
+    # the flag of use_deterministic_algorithms(True), which would import torch._inductor: over a second per process
+    torch.set_deterministic_debug_mode("error")
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.benchmark = False
@@ -83,16 +83,3 @@ def git_revision() -> str:
 def _git(folder: Path, *args: str) -> str:
     result = subprocess.run(["git", "-C", str(folder), *args], capture_output=True, text=True, timeout=10, check=True)
     return result.stdout.strip()
-
-
-def reset_peak(device: torch.device) -> None:
-    """Start a new peak on a GPU; the resident peak of a process cannot be taken back."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def peak_bytes(device: torch.device) -> int:
-    """Peak memory: allocated on a GPU since the last reset, resident in this process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -7,29 +7,29 @@ computes nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from evalbench import environment, registry, sampling, worker
+from evalbench import environment, registry, sampling, timing, worker
 from evalbench.artifacts import Artifacts
 from evalbench.cost.budget import BudgetUnit
+from evalbench.cost.processes import Launch, fresh
+from evalbench.cost.variants import Variant
 from evalbench.errors import UserError
 from evalbench.interfaces import Metric, Parts
 from evalbench.reduce import paired_parts, parts_of, reduce_counts, reduce_metrics
 from evalbench.spec import Cell, Chunk, Failure, Record, Solution, Suite, chunks_of, content_id
 from evalbench.store import Store, open_run
+from evalbench.timing import LIGHT, Effort, LatencyJob, LatencyResult, Timing
 from evalbench.worker import (
     ChunkResult,
     Job,
     JobFailure,
-    LatencyJob,
-    LatencyResult,
     Outcome,
     PreparedResult,
     PrepareJob,
-    Timing,
 )
 
 
@@ -47,7 +47,7 @@ class Executor(Protocol):
         ...
 
     def latency(self, job: LatencyJob) -> Iterator[Timing | LatencyResult]:
-        """Run a latency job alone, nothing else in flight: a Timing per call, the result last."""
+        """Run a latency job alone, nothing else in flight: a Timing per piece, the result last."""
         ...
 
     def shutdown(self) -> None:
@@ -59,6 +59,7 @@ class SerialExecutor:
     """Everything in this process, one thread; for debuggers and small runs."""
 
     workers = 1
+    launch: Launch = staticmethod(fresh)
 
     def environment(self) -> dict[str, Any]:
         """This process's."""
@@ -69,8 +70,8 @@ class SerialExecutor:
         return map(worker.run_job, jobs)
 
     def latency(self, job: LatencyJob) -> Iterator[Timing | LatencyResult]:
-        """Time in this process."""
-        return worker.run_latency(job)
+        """Time in fresh processes, one after the other."""
+        return timing.run_latency(job, self.launch)
 
     def shutdown(self) -> None:
         """Nothing to let go of."""
@@ -112,7 +113,8 @@ class Request:
     Attributes:
         suite: with overrides applied. methods: chain texts as written. nfe, guidance, seeds: the grid of cells.
         budget_unit: what `nfe` counts: evaluations of the field, network rows (`evals`), or steps of the grid.
-        metrics: metric ids. measure: `quality`, `latency`. latency_rounds: measured calls per cell.
+        metrics: metric ids. measure: `quality`, `latency`.
+        effort: how much a latency run measures. variant: text of how it executes networks; empty is as quality runs.
         save_samples: keep every image. allow_small_n: see `reduce_metrics`.
         plugins: file name -> source.
     """
@@ -125,7 +127,8 @@ class Request:
     metrics: tuple[str, ...]
     budget_unit: BudgetUnit = "nfe"
     measure: frozenset[str] = frozenset({"quality"})
-    latency_rounds: int = 5
+    effort: Effort = field(default_factory=Effort)
+    variant: str = ""
     save_samples: bool = False
     allow_small_n: bool = False
     plugins: Mapping[str, str] = field(default_factory=dict)
@@ -300,9 +303,9 @@ class _Loop:
                 self.observer.planned("quality", forwards, sum(samples.values()), self.executor.workers)
         if "latency" in self.plan.request.measure:
             job = self._latency_job()
-            calls = job.batch * job.calls
             if job.cells:
-                self.observer.planned("latency", sum(c.nfe for c in job.cells) * calls, len(job.cells) * calls, 1)
+                work, size = self._latency_piece(job)
+                self.observer.planned("latency", job.pieces * work, job.pieces * size, 1)
 
     # --- quality ---
 
@@ -498,39 +501,86 @@ class _Loop:
     # --- latency ---
 
     def latency(self) -> None:
-        """Time the cells that have no latency record on this hardware yet, alone on one worker."""
+        """Time the cells together, where one of them has no latency record on this hardware yet.
+
+        Only what was timed in the same rounds can be compared, so a method that is added has all timed again.
+        """
         job = self._latency_job()
+        if self._artifacts.missing(job.cells):
+            self._prepare(job.cells, {})
+            for cell in (cell for cell in job.cells if cell.id in self._failed):
+                self.store.append(self._unprepared(cell))
+            job = self._latency_job()
         if not job.cells:
             return
+        self.observer.note(_announcement(job))
         for event in self.executor.latency(job):
             if isinstance(event, LatencyResult):
                 for cell in job.cells:
                     self.store.append(self._latency_record(cell, event))
             else:
-                self.observer.landed("latency", event.cell.nfe * job.batch, job.batch, event.seconds)
+                self.observer.landed("latency", *self._latency_piece(job), event.seconds)
+
+    def _latency_piece(self, job: LatencyJob) -> tuple[float, int]:
+        """Forwards and samples of a piece, for estimates."""
+        return sum(c.nfe for c in job.cells) * job.samples, len(job.cells) * job.samples
 
     def _latency_job(self) -> LatencyJob:
         records = self.store.records()
-        failed = {r.cell.id for r in records if r.kind == "quality" and r.status != "ok"}
+        failed = {r.cell.id for r in records if r.kind == "quality" and r.status != "ok"} | self._failed.keys()
         timed = {r.cell.id for r in records if self._is_timed_here(r)}
-        cells = tuple(c for c in self.plan.cells if c.id not in failed | timed)
+        once = {(c.method, c.settings, c.nfe, c.guidance): c for c in reversed(self.plan.cells)}  # seeds cost the same
+        cells = tuple(c for c in self.plan.cells if c in once.values() and c.id not in failed)
+        if all(cell.id in timed for cell in cells):
+            cells = ()
         request = self.plan.request
         artifacts = {cell.id: self._artifacts.of(cell) for cell in cells}
-        return LatencyJob(request.suite, cells, request.latency_rounds, request.plugins, artifacts)
+        return LatencyJob(request.suite, cells, request.effort, self._variant, request.plugins, artifacts)
+
+    @cached_property
+    def _variant(self) -> str:
+        """Canonical text of the variant."""
+        wanted, suite = self.plan.request.variant, self.plan.request.suite
+        return (Variant.parse(wanted) if wanted else sampling.default_variant(suite)).text
 
     def _is_timed_here(self, record: Record) -> bool:
-        return (
-            record.kind == "latency"
-            and record.status == "ok"
-            and record.environment["device"] == environment.device_name(environment.pick_device())
-        )
+        """Whether a record holds what this request asks for, measured on this kind of device."""
+        effort = self.plan.request.effort
+        if record.kind != "latency" or record.variant != self._variant or not self._is_this_device(record):
+            return False
+        if record.status == "unsupported":
+            return True
+        enough = {one.batch for one in record.latency if len(one.seconds) >= effort.processes}
+        return enough >= set(effort.batches_of(self.plan.request.suite))
+
+    def _is_this_device(self, record: Record) -> bool:
+        return bool(record.environment.get("device") == environment.device_name(environment.pick_device()))
+
+    def _unprepared(self, cell: Cell) -> Record:
+        found = self._failed[cell.id]
+        status = "unsupported" if found.unsupported else "error"
+        return Record(kind="latency", status=status, cell=cell, failure=found.failure, variant=self._variant)
 
     def _latency_record(self, cell: Cell, result: LatencyResult) -> Record:
         outcome = result.outcomes[cell.id]
-        base = {"kind": "latency", "cell": cell, "environment": result.environment}
+        base = {"kind": "latency", "cell": cell, "environment": result.environment, "variant": self._variant}
         if isinstance(outcome, Failure):
-            return Record(**base, status="error", failure=outcome)
-        return Record(**base, status="ok", latency=outcome, samples=outcome.batch)
+            return Record(**base, status="unsupported" if result.unsupported else "error", failure=outcome)
+        return Record(**base, status="ok", latency=outcome)
+
+
+def _announcement(job: LatencyJob) -> str:
+    """What is about to be timed."""
+    sizes = " and ".join(map(str, job.effort.batches_of(job.suite)))
+    return (
+        f"timing {len(job.cells)} cells alone, batch {sizes}, {job.variant}: {job.effort.processes} fresh process(es), "
+        f"at least {job.effort.rounds} rounds each"
+    )
+
+
+def light(request: Request) -> Request:
+    """The same request with the least that a latency run can measure."""
+    return replace(request, effort=LIGHT)
 
 
 def needs_attention(records: Iterable[Record]) -> bool:

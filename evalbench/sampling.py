@@ -11,6 +11,7 @@ import torch
 from evalbench import environment, registry
 from evalbench.cost.budget import BudgetUnit, nfe_of_budget, rows_per_evaluation
 from evalbench.cost.ledger import Ledger
+from evalbench.cost.variants import Variant
 from evalbench.denoiser import Field, NetworkDoor
 from evalbench.errors import BadSamples, Unsupported, UserError
 from evalbench.interfaces import Cond, Denoiser, Model
@@ -36,33 +37,51 @@ class Setup:
     dtype: torch.dtype
 
 
-def setup_of(suite: Suite, plugins: Mapping[str, str]) -> Setup:
-    """The model of a suite, loaded once per process."""
+def setup_of(suite: Suite, plugins: Mapping[str, str], variant: Variant | None = None) -> Setup:
+    """The model of a suite, loaded once per process; see `build`."""
     for name, source in plugins.items():
         registry.load_plugin(source, name)
     key = suite.model_dump_json(include={"name", "version", "model", "roles", "path", "sampling"})
+    key += variant.text if variant else ""
     if key not in _setups:
         _setups.clear()  # one model at a time: chunks of a run share one suite
-        _setups[key] = build(suite)
+        _setups[key] = build(suite, variant)
     return _setups[key]
 
 
 _setups: dict[str, Setup] = {}
 
 
-def build(suite: Suite) -> Setup:
-    """The model of a suite with its weights, in the process's deterministic settings."""
+def build(suite: Suite, variant: Variant | None = None) -> Setup:
+    """The model of a suite with its weights, in the process's deterministic settings.
+
+    Args:
+        variant: how networks are executed, those of all roles; None is `default_variant`. The state of the solver
+            keeps the suite's dtype.
+
+    Raises:
+        Unsupported: this device cannot run the variant.
+    """
     environment.prepare_process()
     device, dtype = environment.pick_device(), _DTYPES[suite.sampling.dtype]
-    model = _model(suite.model, dtype, device)
-    roles = {name: _model(facts, dtype, device) for name, facts in suite.roles.items()}
+    if variant == default_variant(suite):
+        variant = None
+    model = _model(suite.model, dtype, device, variant)
+    roles = {name: _model(facts, dtype, device, variant) for name, facts in suite.roles.items()}
     path = noise_path(suite, model)
     door = NetworkDoor(model, path, suite.sampling.grid, roles=roles)
     return Setup(suite, model, path, door, device, dtype)
 
 
-def _model(facts: ModelSpec, dtype: torch.dtype, device: torch.device) -> Model:
+def default_variant(suite: Suite) -> Variant:
+    """How quality runs execute a network: eager, in the suite's dtype."""
+    return Variant(dtype=suite.sampling.dtype)
+
+
+def _model(facts: ModelSpec, dtype: torch.dtype, device: torch.device, variant: Variant | None) -> Model:
     model = registry.build_model(facts.loader, facts.options)
+    if variant is not None:
+        return variant.apply(model, device)
     model.to(dtype, device)
     return model
 

@@ -10,7 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from evalbench.errors import EvalbenchError, UserError, unknown
 
@@ -321,23 +321,81 @@ class Failure(Frozen):
     traceback: str = ""
 
 
+class Split(Frozen):
+    """Seconds of one call by part, see `evalbench.cost.breakdown`."""
+
+    denoiser: float
+    decoder: float
+    conditioning: float
+    arithmetic: float
+    overhead: float
+    excess: float
+    calls: int
+
+
+class MemoryUse(Frozen):
+    """Bytes around one call, see `evalbench.cost.memory`."""
+
+    before: int | None
+    peak: int
+    reserved: int | None
+    weights: int | None = None
+    note: str = ""
+
+
+class EnergyUse(Frozen):
+    """Joules of one call, or why they are missing, see `evalbench.cost.energy`."""
+
+    joules: float | None
+    calls: int = 0
+    seconds: float = 0.0
+    note: str = ""
+
+
 class Latency(Frozen):
-    """A timed run of a cell: raw seconds of whole calls at one batch size, on named hardware.
+    """A timed cell at one batch size, on named hardware: raw seconds of whole calls, and what stands beside them.
 
     Attributes:
-        batch: samples per call. seconds: one entry per measured call, in order.
-        warmup: calls dropped before. device, threads: where.
-        peak_bytes: peak memory: allocated by the cell's first call on a GPU; on a CPU resident in the process so
-            far, which is all a process can say of itself.
+        batch: samples per call. seconds: of every measured call, by fresh process, round and sample.
+        warmup: calls before the measured ones, by process. steady: whether they settled in every process.
+        session: what was timed together, in the same processes and rounds, has the same one.
+        variant: how networks were executed. impl: `reference`, `optimised` or `official`.
+        training_free: a solver on the unchanged network, nothing prepared: it may serve as a baseline.
+        embedded: the model is one of those that evalbench brings along; its timings check the protocol.
+        device, threads, cores, clock: where and how; cores by process, empty where they were not pinned.
+        cold: seconds from asking for a process to the first samples, of the processes this cell opened.
+        build: seconds until the model was loaded, by process. first: of the first call (lazy set-up, compiling).
+        breakdown, memory, energy: see there. flags: doubts about the machine and the warm-up.
+        doubt: why the timed outputs are not the quality run's; empty when they are. checked: outputs looked at.
     """
 
     batch: int
-    seconds: tuple[float, ...]
-    warmup: int
+    seconds: tuple[tuple[tuple[float, ...], ...], ...]
+    warmup: tuple[int, ...]
+    steady: bool
+    session: str
+    variant: str
+    impl: Literal["reference", "optimised", "official"] = "reference"
+    training_free: bool
+    embedded: bool
     device: str
     threads: int
-    peak_bytes: int
-    synchronised: bool = True
+    cores: tuple[tuple[int, ...], ...] = ()
+    clock: str
+    cold: tuple[float, ...]
+    build: tuple[float, ...]
+    first: tuple[float, ...]
+    breakdown: Split | None = None
+    memory: MemoryUse
+    energy: EnergyUse
+    flags: tuple[str, ...] = ()
+    doubt: str = ""
+    checked: int = 0
+
+    @property
+    def calls(self) -> list[float]:
+        """Seconds of all measured calls."""
+        return [seconds for process in self.seconds for round_ in process for seconds in round_]
 
 
 class Record(Frozen):
@@ -349,6 +407,7 @@ class Record(Frozen):
         counts: per-sample means: nfe, nfe_p95, depth, cost, flops, evals.ROLE.
         bill: what preparation spent in all, once: nfe, evals.ROLE, backward, cost, flops, and seconds.
         seconds: wall time of the chunks. environment: versions, device, threads, fingerprint class.
+        latency: one entry per batch size. variant: of a latency record; empty in a quality record.
     """
 
     schema_: int = Field(SCHEMA, alias="schema")
@@ -363,9 +422,16 @@ class Record(Frozen):
     counts: dict[str, float] = {}
     bill: dict[str, float] = {}
     seconds: float = 0.0
-    latency: Latency | None = None
+    latency: tuple[Latency, ...] = ()
+    variant: str = ""
     failure: Failure | None = None
     environment: dict[str, Any] = {}
+
+    @field_validator("latency", mode="before")
+    @classmethod
+    def _of_the_protocol(cls, value: Any) -> Any:
+        """Timings of one process without rounds, as evalbench once recorded them, are no latency: timed again."""
+        return () if value is None or "peak_bytes" in value else value
 
     def to_json(self) -> str:
         """One line."""

@@ -2,7 +2,7 @@
 chunks in flight.
 
     manifest.json            the suite's facts, plug-in sources, versions
-    records.jsonl            one record per line; the last one of a (cell, kind) counts
+    records.jsonl            one record per line; the last one of a (cell, kind, variant) counts
     chunks/CELL/START-STOP.npz
     artifacts/KEY.npz        what methods prepared, with its bill
     table.csv, timings.csv, report/
@@ -56,11 +56,11 @@ class Store:
     # --- records ---
 
     def records(self) -> list[Record]:
-        """The latest record of each (cell, kind), in the order they were first written."""
-        latest: dict[tuple[str, str], Record] = {}
+        """The latest record of each (cell, kind, variant), in the order they were first written."""
+        latest: dict[tuple[str, str, str], Record] = {}
         for number, line in enumerate(self._lines(), start=1):
             record = record_from_json(line, where=f"{self.folder / 'records.jsonl'}, line {number}")
-            latest[record.cell.id, record.kind] = record
+            latest[record.cell.id, record.kind, record.variant] = record
         return list(latest.values())
 
     def _lines(self) -> list[str]:

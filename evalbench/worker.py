@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, TypeAlias
@@ -17,7 +17,6 @@ import numpy as np
 import torch
 
 from evalbench import environment, registry
-from evalbench.cost.latency import interleaved, timed
 from evalbench.cost.ledger import Ledger
 from evalbench.errors import BadSamples, Unsupported, UserError
 from evalbench.interfaces import Artifact, Extractor, Model, Parts, SampleBatch
@@ -25,7 +24,7 @@ from evalbench.metrics.images import check_images, to_uint8
 from evalbench.preparation import Prepared, prepare
 from evalbench.registry import Chain
 from evalbench.sampling import Setup, conditions, noise_path, sample, setup_of
-from evalbench.spec import GRID_SAMPLES, Cell, Chunk, Failure, Latency, Suite
+from evalbench.spec import GRID_SAMPLES, Cell, Chunk, Failure, Suite
 from evalbench.suite_references import check_reference_file, read_reference
 
 
@@ -242,95 +241,3 @@ def load_reference(suite: Suite, key: str, plugins: Mapping[str, str]) -> Parts 
     if reference.model:
         return setup_of(suite, plugins).model.reference(key)
     return read_reference(suite, key)
-
-
-# --- latency --------------------------------------------------------------------------------------------------------
-
-LATENCY_BATCH = 64
-WARMUP = 2  # the call that finds a failing cell out, and the first interleaved round
-
-
-@dataclass(frozen=True)
-class LatencyJob:
-    """Cells to time against each other, interleaved, alone on a device."""
-
-    suite: Suite
-    cells: tuple[Cell, ...]
-    rounds: int
-    plugins: Mapping[str, str] = field(default_factory=dict)
-    artifacts: Mapping[str, tuple[Artifact | None, ...]] = field(default_factory=dict)  # by cell id
-
-    @property
-    def batch(self) -> int:
-        """Samples per timed call."""
-        return min(LATENCY_BATCH, self.suite.sampling.batch)
-
-    @property
-    def calls(self) -> int:
-        """Calls per cell: two to warm up, then the measured ones."""
-        return WARMUP + self.rounds
-
-
-@dataclass(frozen=True)
-class Timing:
-    """One timed call of a cell, for progress."""
-
-    cell: Cell
-    seconds: float
-
-
-@dataclass(frozen=True)
-class LatencyResult:
-    """Timings by cell id, or why a cell could not be timed."""
-
-    outcomes: dict[str, Latency | Failure]
-    environment: dict[str, Any]
-
-
-def run_latency(job: LatencyJob) -> Iterator[Timing | LatencyResult]:
-    """Time whole sampling calls, from x_T to finished images, without feature extraction.
-
-    Yields:
-        A Timing after each call (warm-up included), and the LatencyResult last.
-    """
-    setup = setup_of(job.suite, job.plugins)
-    described = environment.describe(setup.device)
-    outcomes: dict[str, Latency | Failure] = {}
-    cells = {cell.id: cell for cell in job.cells}
-    calls, peaks = {}, {}
-    for cell_id, cell in cells.items():
-        call = _timed_call(setup, cell, job)
-        environment.reset_peak(setup.device)
-        try:
-            spent = timed(call, setup.device)  # a cell that fails is found out before the rounds begin
-            calls[cell_id], peaks[cell_id] = call, environment.peak_bytes(setup.device)
-            yield Timing(cell, spent)
-        except Exception as error:
-            outcomes[cell_id] = _failure(error)
-    seconds: dict[str, list[float]] = {cell_id: [] for cell_id in calls}
-    for cell_id, spent, counts in interleaved(calls, job.rounds, setup.device):
-        if counts:
-            seconds[cell_id].append(spent)
-        yield Timing(cells[cell_id], spent)
-    for cell_id, values in seconds.items():
-        outcomes[cell_id] = Latency(
-            batch=job.batch,
-            seconds=tuple(values),
-            warmup=WARMUP,
-            device=described["device"],
-            threads=described["threads"],
-            peak_bytes=peaks[cell_id],
-        )
-    yield LatencyResult(outcomes, described)
-
-
-def _timed_call(setup: Setup, cell: Cell, job: LatencyJob) -> Callable[[], object]:
-    chain = registry.build_method(cell.method).equipped(job.artifacts.get(cell.id, ()))
-    indices = range(job.batch)
-    cond = conditions(job.suite, setup.model, indices, setup.device)
-
-    def call() -> object:
-        x = sample(setup, chain, cell, indices, cond, Ledger(job.batch, budget=cell.nfe))
-        return to_uint8(x) if setup.model.is_image else x
-
-    return call

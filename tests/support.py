@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from evalbench import runner
+from evalbench.cost.latency import Steady
 from evalbench.runner import Request, SerialExecutor
 from evalbench.spec import Record, Suite, load_suite
+from evalbench.timing import Effort
 
 # Methods that break the contract, each in its own way; loaded like a user's plug-in.
 MISBEHAVING = '''
@@ -72,6 +74,31 @@ class KillsWorker(Solver):
         os._exit(1)
 '''
 
+# A method that needs what it prepared.
+PREPARES = '''
+import numpy as np
+from evalbench.interfaces import Artifact, Solver
+from evalbench.registry import register
+
+
+@register("prepares")
+class Prepares(Solver):
+    """Starts from a time it was told beforehand."""
+
+    prepares = "once"
+
+    def prepare(self, context):
+        denoiser = context.denoiser(4)
+        noise = context.noise(range(4))
+        denoiser(context.x_T(noise), 0.5, context.cond(range(4)))
+        return Artifact({"t": np.array([0.5])})
+
+    def sample(self, denoiser, x_T, cond, nfe, noise):
+        return denoiser(x_T, float(self.prepared().arrays["t"][0]), cond)
+'''
+
+EFFORT = Effort(processes=2, rounds=2, seconds=0.0, batches=(1, 8), steady=Steady(window=1, most=3), kept=2, pin=False)
+
 PAIRED = ("paired-median@identity", "fd@identity")
 
 
@@ -97,11 +124,28 @@ def request(suite: Suite, methods: Sequence[str], nfe: Sequence[int] = (5,), **c
     return Request(**(content | changes))
 
 
+def timed_request(methods: Sequence[str], nfe: Sequence[int], **changes: Any) -> Request:
+    """A request for latencies alone, with the least effort."""
+    return request(small_suite(), methods, nfe, **({"measure": frozenset({"latency"}), "effort": EFFORT} | changes))
+
+
+def inline(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Instead of a fresh process: run here."""
+    return function(*arguments)
+
+
 class CountingExecutor(SerialExecutor):
-    """A serial executor that remembers which chunks it computed."""
+    """A serial executor that remembers what it computed; it times in this process, which no real one does."""
+
+    launch = staticmethod(inline)
 
     def __init__(self) -> None:
         self.jobs: list[Any] = []
+        self.timed: list[Any] = []
+
+    def latency(self, job: Any) -> Any:
+        self.timed.append(job)
+        return super().latency(job)
 
     def map(self, jobs: Any) -> Any:
         for job in jobs:

@@ -28,13 +28,17 @@ ARROWS: dict[str, set[str]] = {
     "environment": {"spec"},
     "cost.ledger": {"spec"},
     "cost.flops": {"spec"},
+    "cost.clock": {"spec"},
+    "cost.breakdown": {"cost.clock"},
+    "cost.ratio": {"stats"},
+    "cost.speedup": {"cost.ratio"},
     "models.nets": {"errors"},
     "interfaces": {"paths", "noise"},
     "predictions": {"interfaces"},
     "registry": {"interfaces"},
     "engine": {"registry"},
-    "denoiser": {"registry", "predictions", "cost.ledger", "cost.flops"},
-    "cost": {"denoiser", "stats", "environment"},
+    "denoiser": {"registry", "predictions", "cost.ledger", "cost.flops", "cost.breakdown"},
+    "cost": {"denoiser", "stats", "environment", "cost.speedup"},
     "models": {"registry", "denoiser", "models.nets"},
     "models.references": {"worker", "models.nets"},  # scripts that make what suites refer to; nothing imports them
     "metrics": {"registry", "stats", "models.nets"},
@@ -45,18 +49,28 @@ ARROWS: dict[str, set[str]] = {
     "reduce": {"metrics", "store", "stats"},
     "suite_references": {"spec"},
     "compare": {"stats", "store", "metrics", "suite_references", "report"},  # the paired statistics; the rendering
-    "report": {"store", "stats"},
+    "report": {"store", "stats", "cost.speedup"},
     "sampling": {"models", "engine", "cost", "environment"},
     "preparation": {"sampling", "metrics"},
     "worker": {"preparation", "suite_references"},
-    "cluster": {"worker"},
+    "timing": {"sampling", "metrics"},
+    "cluster": {"worker", "timing"},
     "artifacts": {"worker", "store"},
     "claim_words": {"stats", "interfaces"},
     "claims": {"claim_words", "runner", "report"},  # report: the rendering
     "runner": {"cluster", "worker", "reduce", "store", "artifacts"},
 }
 # Components of their own inside a package that stands higher or lower.
-LEAVES = {"cost.ledger", "cost.flops", "models.nets", "models.references"}
+LEAVES = {
+    "cost.ledger",
+    "cost.flops",
+    "cost.clock",
+    "cost.breakdown",
+    "cost.ratio",
+    "cost.speedup",
+    "models.nets",
+    "models.references",
+}
 # The command line chooses the executor and hands it to the runner; it computes nothing itself.
 CLI_MAY_NOT = {"worker", "denoiser", "engine"}
 METHODS_MAY = {"interfaces", "paths", "predictions", "engine", "registry", "noise", "errors"}

@@ -12,6 +12,7 @@ from evalbench import runner
 from evalbench.cluster import RayExecutor
 from evalbench.report import build_report
 from evalbench.store import Store
+from evalbench.timing import Effort
 
 
 @pytest.fixture(scope="module")
@@ -60,10 +61,13 @@ def test_a_dying_worker_is_an_error_row_and_the_rest_is_complete(ray_two: RayExe
 
 
 def test_latency_runs_on_a_worker(ray_two: RayExecutor, tmp_path: Path) -> None:
-    wanted = request(small_suite(), ["ddim"], [2], measure=frozenset({"latency"}), latency_rounds=2)
+    effort = Effort(processes=1, rounds=2, seconds=0.0, batches=(4,))
+    wanted = request(small_suite(), ["ddim"], [2], measure=frozenset({"latency"}), effort=effort)
     (record,) = runner.run(wanted, tmp_path, lambda: ray_two)
-    assert record.latency is not None
-    assert record.latency.threads == 1
+    (timed,) = record.latency
+    assert (timed.threads, timed.batch, timed.doubt, timed.checked) == (1, 4, "", 4)
+    more = request(small_suite(), ["ddim"], [3])  # the workers left the device and come back
+    assert runner.run(more, tmp_path / "more", lambda: ray_two)[0].status == "ok"
 
 
 @pytest.mark.slow
@@ -91,7 +95,9 @@ def test_every_method_has_the_same_bits_on_ray(ray_two: RayExecutor, tmp_path: P
     wanted = request(small_suite(), [*solvers, "diffusers:UniPCMultistepScheduler"], [7], guidance=(1.0, 2.5))
     runner.run(wanted, tmp_path / "ray", lambda: ray_two)
     records, _ = run_serial(wanted, tmp_path / "serial")
-    assert all(record.status == "ok" for record in records)
+    refused = {r.cell.method for r in records if r.status == "unsupported"}
+    assert {r.status for r in records} == {"ok", "unsupported"}
+    assert all(registry.get("method", name).requires for name in refused), "what needs another kind of suite"
     assert _table(tmp_path / "ray") == _table(tmp_path / "serial")
 
 

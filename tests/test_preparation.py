@@ -142,7 +142,8 @@ def test_per_nfe_prepares_for_each_budget(tmp_path: Path) -> None:
     store = Store(tmp_path)
     for nfe, key in keys.items():
         found = store.read_artifacts(key)
-        assert found is not None and found[1]["parts"][0]["nfe"] == nfe
+        assert found is not None
+        assert found[1]["parts"][0]["nfe"] == nfe
 
 
 def test_a_failed_preparation_is_the_error_of_all_its_cells_and_of_no_other(tmp_path: Path) -> None:
@@ -150,7 +151,9 @@ def test_a_failed_preparation_is_the_error_of_all_its_cells_and_of_no_other(tmp_
     for (method, _), record in records.items():
         assert record.status == ("ok" if method == "ddim" else "error")
     failure = records["learns(fails=true)", 1].failure
-    assert failure is not None and failure.message == "nothing learnt" and "RuntimeError" in failure.traceback
+    assert failure is not None
+    assert failure.message == "nothing learnt"
+    assert "RuntimeError" in failure.traceback
 
 
 def test_a_damaged_artefact_is_made_again(tmp_path: Path) -> None:
@@ -195,7 +198,8 @@ def test_search_noise_and_search_data_are_of_no_run() -> None:
             ).any()
     assert not torch.isclose(context.noise([0], 0).start(), context.noise([0], 1).start()).any()
     x, cond = context.data(6)
-    assert cond.labels is not None and x.shape == (6, 8)
+    assert cond.labels is not None
+    assert x.shape == (6, 8)
     assert not torch.isclose(x, context.data(6, seed=1)[0]).any()
 
 
@@ -243,7 +247,8 @@ def test_modifiers_stand_around_the_solver_in_the_order_written() -> None:
 
     assert torch.equal(draw("ddim+times(by=3)+times(by=0.5)"), 0.5 * (3 * draw("ddim")))
     chain = registry.build_method("ddim+times+cfg(scale=2)")
-    assert chain.text == "ddim+times+cfg(scale=2.0)" and len(chain.wraps) == len(chain.modifiers) == 1
+    assert chain.text == "ddim+times+cfg(scale=2.0)"
+    assert len(chain.wraps) == len(chain.modifiers) == 1
 
 
 def test_a_method_without_its_artefact_says_so() -> None:
@@ -276,4 +281,5 @@ def test_jvp_is_counted() -> None:
     x = context.x_T(context.noise(range(5)))
     field.jvp(x, 0.5, context.cond(range(5)), "eps", torch.ones_like(x), 1.0)
     ledger = field.ledger  # type: ignore[attr-defined]
-    assert (ledger.nfe == 1).all() and (ledger.evals["base"] == 1).all() and (ledger.backward == 1).all()
+    for counts in (ledger.nfe, ledger.evals["base"], ledger.backward):
+        assert (counts == 1).all()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from support import MISBEHAVING, request, run_serial, small_suite
+from support import EFFORT, MISBEHAVING, PREPARES, request, run_serial, small_suite, timed_request
 
 from evalbench import runner
 from evalbench.errors import UserError
@@ -190,15 +191,61 @@ def test_a_missing_metric_says_why(tmp_path: Path) -> None:
 
 
 def test_latency_is_measured_once_per_cell(tmp_path: Path) -> None:
-    wanted = request(small_suite(), ["ddim", "unipc"], [2, 4], measure=frozenset({"latency"}), latency_rounds=3)
+    wanted = timed_request(["ddim", "unipc"], [2, 4])
     records, _ = run_serial(wanted, tmp_path)
     assert len(records) == 4
     for record in records:
-        assert record.latency is not None
-        assert len(record.latency.seconds) == 3
-        assert all(seconds > 0 for seconds in record.latency.seconds)
-    again, _ = run_serial(wanted, tmp_path)
-    assert again == records
+        assert [(one.batch, np.array(one.seconds).shape) for one in record.latency] == [(1, (2, 2, 2)), (8, (2, 2, 2))]
+        assert all(seconds > 0 for one in record.latency for seconds in one.calls)
+        assert {one.doubt for one in record.latency} == {""}
+        assert (record.variant, record.latency[0].variant) == ("eager,float64", "eager,float64")
+    assert len({one.session for record in records for one in record.latency}) == 1
+    again, computed = run_serial(wanted, tmp_path)
+    assert (again, computed.timed) == (records, [])
+
+
+def test_a_method_that_is_added_is_timed_in_the_same_rounds_as_the_others(tmp_path: Path) -> None:
+    run_serial(timed_request(["ddim"], [2]), tmp_path)
+    records, computed = run_serial(timed_request(["ddim", "unipc"], [2]), tmp_path)
+    assert [len(job.cells) for job in computed.timed] == [2]
+    assert len({one.session for record in records for one in record.latency}) == 1
+
+
+def test_variants_and_more_processes_are_timed_anew_and_seeds_are_not(tmp_path: Path) -> None:
+    run_serial(timed_request(["ddim"], [2], seeds=(0, 1)), tmp_path)
+    assert len(Store(tmp_path).records()) == 1, "another seed takes the same time"
+    _, computed = run_serial(timed_request(["ddim"], [2], variant="float32"), tmp_path)
+    assert [job.variant for job in computed.timed] == ["eager,float32"]
+    assert {r.variant for r in Store(tmp_path).records()} == {"eager,float64", "eager,float32"}
+    (float32,) = (r.latency[0] for r in Store(tmp_path).records() if r.variant == "eager,float32")
+    assert float32.doubt == ""
+    more = timed_request(["ddim"], [2], effort=replace(EFFORT, processes=3))
+    _, computed = run_serial(more, tmp_path)
+    assert len(computed.timed) == 1
+
+
+def test_a_variant_that_the_device_cannot_run_is_not_supported(tmp_path: Path) -> None:
+    wanted = timed_request(["ddim"], [2], variant="cuda-graphs,float64")
+    for _ in range(2):
+        (record,), computed = run_serial(wanted, tmp_path)
+        assert record.status == "unsupported"
+        assert "needs a CUDA device" in record.failure.message  # type: ignore[union-attr]
+    assert computed.timed == [], "it is not tried again"
+
+
+def test_cells_that_fail_are_rows_and_the_others_are_timed(tmp_path: Path) -> None:
+    wanted = timed_request(["raises", "overspends", "ddim"], [3], plugins={"bad.py": MISBEHAVING})
+    records, _ = run_serial(wanted, tmp_path)
+    rows = {r.cell.method: r for r in records}
+    assert {name: row.status for name, row in rows.items()} == {"raises": "error", "overspends": "error", "ddim": "ok"}
+    assert rows["overspends"].failure.message == "budget 3, spent 4"  # type: ignore[union-attr]
+
+
+def test_a_method_that_prepares_is_prepared_before_it_is_timed(tmp_path: Path) -> None:
+    wanted = timed_request(["prepares"], [3], plugins={"p.py": PREPARES})
+    (record,), _ = run_serial(wanted, tmp_path)
+    assert record.status == "ok", record.failure
+    assert {one.training_free for one in record.latency} == {False}
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,7 @@ class Sitting:
         build: seconds from asking for the process until the model was loaded.
         cold: seconds from asking for the process to the first finished samples; the opening arm's, None without one.
         clock, threads, cores: how it was measured; cores is empty where the process was not pinned.
-        failures: arms that raised. flags: doubts about the machine.
+        failures: arms that raised. flags: doubts about the machine, each with the batch size at which they arose.
     """
 
     process: int
@@ -149,4 +149,4 @@ class Sitting:
     cores: tuple[int, ...]
     runs: tuple[ArmRun, ...]
     failures: Mapping[str, Failure]
-    flags: tuple[str, ...]
+    flags: tuple[tuple[int, str], ...]

@@ -3,7 +3,7 @@
 A breakdown comes from passes of its own. They wait for the device at every border of a span, which a latency never
 does, so their total is no latency; it is shown as a split only.
 
-    denoiser      inside the network, guides and small models included      spans opened by `NetworkDoor`
+    denoiser      inside networks: guides, small models and rewards too     spans opened by `NetworkDoor`
     decoder       from latents to pixels                                    spans opened around the decoder
     conditioning  text encoders and the like                                spans opened around them
     arithmetic    torch operators that ran outside all spans: updates of the state, guidance's combination, noise put
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any, Literal, TypeAlias, get_args
 
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode, _pop_mode_temporarily
 
 from evalbench.cost.clock import Clock
 
@@ -57,7 +57,10 @@ class Stopwatch:
         """Time from here to the end of the block belongs to `part`, but for spans inside it."""
         if part not in PARTS:
             raise ValueError(f"unknown part '{part}'; known: {', '.join(PARTS)}")
-        with self._spent_on(part) if self._open else nullcontext():
+        if not self._open:
+            yield
+            return
+        with self._spent_on(part), _unwatched():
             yield
 
     @contextmanager
@@ -97,6 +100,12 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self.stopwatch.operator(lambda: func(*args, **(kwargs or {})))
+
+
+def _unwatched() -> AbstractContextManager[Any]:
+    """Operators in a network run as they do unmetered, where nobody else watches them: no Python for each of them."""
+    watched = isinstance(_get_current_dispatch_mode(), _Operators)
+    return _pop_mode_temporarily() if watched else nullcontext()
 
 
 def span(stopwatch: Stopwatch | None, part: Part) -> AbstractContextManager[None]:

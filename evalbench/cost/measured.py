@@ -23,7 +23,9 @@ class Measured:
         cold: seconds from asking for a process to the first samples, of the processes this arm opened.
         build: seconds of loading, one per process. first: of the first call, one per process.
         memory: of a process that this arm opened, where there is one. energy: the median one.
-        flags: doubts of all processes, each once.
+        warmup: calls before the measured ones, one number per process. steady: whether they settled in all of them.
+        clock, threads, cores: how it was measured; cores by process, empty where it was not pinned.
+        flags: doubts of all processes about this arm and the machine, each once.
     """
 
     arm: str
@@ -35,19 +37,23 @@ class Measured:
     first: tuple[float, ...]
     memory: Memory
     energy: Energy
+    warmup: tuple[int, ...]
+    steady: bool
+    clock: str
+    threads: int
+    cores: tuple[tuple[int, ...], ...]
     flags: tuple[str, ...]
 
 
 def collect(found: Sequence[Sitting]) -> dict[tuple[str, int], Measured]:
     """Measurements by arm and batch size, of the arms that failed nowhere."""
     failed = failures(found)
-    flags = tuple(dict.fromkeys(flag for sitting in found for flag in sitting.flags))
     runs: dict[tuple[str, int], list[tuple[Sitting, ArmRun]]] = {}
     for sitting in found:
         for run in sitting.runs:
             if run.arm not in failed:
                 runs.setdefault((run.arm, run.batch), []).append((sitting, run))
-    return {key: _together(key, pairs, flags) for key, pairs in runs.items()}
+    return {key: _together(key, pairs) for key, pairs in runs.items()}
 
 
 def failures(found: Sequence[Sitting]) -> dict[str, Failure]:
@@ -55,7 +61,7 @@ def failures(found: Sequence[Sitting]) -> dict[str, Failure]:
     return {arm: failure for sitting in reversed(found) for arm, failure in sitting.failures.items()}
 
 
-def _together(key: tuple[str, int], pairs: Sequence[tuple[Sitting, ArmRun]], flags: tuple[str, ...]) -> Measured:
+def _together(key: tuple[str, int], pairs: Sequence[tuple[Sitting, ArmRun]]) -> Measured:
     runs = [run for _, run in pairs]
     seconds = np.array([run.seconds for run in runs])
     passes = [one for run in runs for one in run.parts]
@@ -69,8 +75,21 @@ def _together(key: tuple[str, int], pairs: Sequence[tuple[Sitting, ArmRun]], fla
         first=tuple(run.first for run in runs),
         memory=_memory(runs),
         energy=_energy([run.energy for run in runs]),
-        flags=flags,
+        warmup=tuple(len(run.warmup) for run in runs),
+        steady=all(run.steady for run in runs),
+        clock=pairs[0][0].clock,
+        threads=pairs[0][0].threads,
+        cores=tuple(sitting.cores for sitting, _ in pairs),
+        flags=_flags(pairs),
     )
+
+
+def _flags(pairs: Sequence[tuple[Sitting, ArmRun]]) -> tuple[str, ...]:
+    seen = [flag for sitting, run in pairs for batch, flag in sitting.flags if batch == run.batch]
+    unsettled = [len(run.warmup) for _, run in pairs if not run.steady]
+    if unsettled:
+        seen.append(f"warm-up did not settle in {max(unsettled)} calls ({len(unsettled)} of {len(pairs)} processes)")
+    return tuple(dict.fromkeys(seen))
 
 
 def _memory(runs: Sequence[ArmRun]) -> Memory:

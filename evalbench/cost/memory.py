@@ -10,9 +10,10 @@ import ctypes
 import gc
 import resource
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -41,11 +42,30 @@ class Memory:
     note: str = ""
 
 
-def weights_bytes(modules: Iterable[torch.nn.Module]) -> int:
-    """Bytes of parameters and buffers; what several modules share counts once."""
-    tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+def weights_bytes(thing: Any) -> int | None:
+    """Bytes of the tensors that a model holds, in modules, dataclasses and containers; None where there are none.
+
+    What several of them share counts once.
+    """
+    tensors = _tensors(thing, set())
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-    return sum(storages.values())
+    return sum(storages.values()) or None
+
+
+def _tensors(thing: Any, seen: set[int]) -> Iterator[torch.Tensor]:
+    if id(thing) in seen:
+        return
+    seen.add(id(thing))
+    if isinstance(thing, torch.Tensor):
+        yield thing
+    elif isinstance(thing, torch.nn.Module):
+        yield from (*thing.parameters(), *thing.buffers())
+    elif isinstance(thing, Mapping | list | tuple):
+        for value in thing.values() if isinstance(thing, Mapping) else thing:
+            yield from _tensors(value, seen)
+    elif type(thing).__module__.partition(".")[0] not in ("builtins", "torch", "numpy") and hasattr(thing, "__dict__"):
+        for value in vars(thing).values():
+            yield from _tensors(value, seen)
 
 
 def measured(call: Callable[[], object], device: torch.device, weights: int | None = None) -> Memory:

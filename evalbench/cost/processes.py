@@ -16,10 +16,13 @@ How a process is made is a parameter (`launch`), and so is every clock: the test
 from __future__ import annotations
 
 import multiprocessing
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from types import ModuleType
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -34,12 +37,28 @@ Launch: TypeAlias = Callable[..., Any]  # (function, *arguments) -> what the fun
 
 
 def fresh(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Run a function in a new interpreter and return what it returns; what it raises is raised here."""
+    """Run a function in a new interpreter and return what it returns; what it raises is raised here.
+
+    The caller's main script is not run again there: it is no part of a cold start, and need not guard itself.
+    """
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
-            return pool.submit(function, *arguments).result()
+            with _no_main():
+                future = pool.submit(function, *arguments)
+            return future.result()
         except BrokenProcessPool:
             raise EvalbenchError("a timed process died (out of memory?); time fewer methods at once") from None
+
+
+@contextmanager
+def _no_main() -> Iterator[None]:
+    """Hide the main module from `multiprocessing`, which else tells the new process to import it."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def sittings(

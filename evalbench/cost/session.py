@@ -57,7 +57,7 @@ class _Session:
     cold: float | None = None
     runs: list[ArmRun] = field(default_factory=list)
     failures: dict[str, Failure] = field(default_factory=dict)
-    flags: list[str] = field(default_factory=list)
+    flags: list[tuple[int, str]] = field(default_factory=list)
     drawn: dict[str, int] = field(default_factory=dict)  # samples of each arm so far
 
     def measure(self, batch: int) -> None:
@@ -139,14 +139,8 @@ class _Session:
             else:
                 notes[arm].add(spent, counts, indices, output)
         seen = machine_flags(before, observe(self.stand.gpu), frozenset({os.getpid(), os.getppid()}))
-        self.flags += [f"batch {batch}: {flag}" for flag in seen]
-        done = {arm: note.finished(rules) for arm, note in notes.items()}
-        self.flags += [
-            f"batch {batch}: {arm} did not settle in {len(found['warmup'])} calls"
-            for arm, found in done.items()
-            if not found["steady"] and arm not in self.failures
-        ]
-        return done
+        self.flags += [(batch, flag) for flag in seen]
+        return {arm: note.finished(rules) for arm, note in notes.items()}
 
     def _which(self, arm: str, batch: int) -> dict[int, tuple[int, ...]]:
         rules, place = self.order.rules, self.order.bench.arms.index(arm)

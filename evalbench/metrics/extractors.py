@@ -62,7 +62,7 @@ class MixtureMode(Extractor):
 
 @register("gmm-mode-distance")
 class MixtureModeDistance(Extractor):
-    """Squared distance to the nearest mode of an isotropic mixture in units of D std^2, float64 (B,); exact draws: 1."""
+    """Squared distance to the nearest mode of an isotropic mixture in units of D std^2, float64 (B,)."""
 
     needs = ("x",)
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from evalbench.report import html, markdown
+from evalbench.report.bars import draw_breakdown
 from evalbench.report.content import gather
 from evalbench.report.figures import Drawn, draw_all
 from evalbench.report.frames import (
@@ -36,6 +37,8 @@ def build(store: Store, suite: Suite, out_dir: Path, formats: Sequence[str]) -> 
     paths["latency fits"] = write_table(fits, out_dir / "latency-fits.csv")
     found = blocks(records, suite)
     figures = draw_all(found, timings, suite.metrics.primary, out_dir / "figures")
+    split = draw_breakdown(timings, out_dir / "figures")
+    figures += [split] if split else []
     grids = _grids(store, found, out_dir)
     content = gather(records, suite, store.manifest(), timings, fits, figures, grids)
     if "md" in formats:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 
-from evalbench.report.figures import HARDWARE, Drawn, hardware
-from evalbench.report.text import MISSING, count, number, significant
+from evalbench.report.figures import Drawn
+from evalbench.report.latency import Section, section
+from evalbench.report.tables import Shown, Table
+from evalbench.report.text import MISSING, count, number
 from evalbench.report.view import (
     Block,
     Row,
@@ -26,35 +28,13 @@ from evalbench.spec import Record, Suite
 STATUS_WORDS = {"error": "error", "unsupported": "not supported", "ok": ""}
 
 
-class Shown(NamedTuple):
-    """A table cell: its text, what to sort by, and how it stands out.
-
-    Attributes:
-        text: as read. key: number to sort by; None sorts by the text. kind: `best`, `floor`, `error` or empty.
-    """
-
-    text: str
-    key: float | None = None
-    kind: str = ""
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table with a caption; the first `left` columns are names, the rest numbers."""
-
-    caption: str
-    header: tuple[str, ...]
-    rows: tuple[tuple[Shown, ...], ...]
-    left: int = 1
-
-
 @dataclass(frozen=True)
 class Content:
     """All of a report.
 
     Attributes:
         blocks: comparable rows. primary, full: one table per block. notes: footnotes per block; general_notes: for all.
-        timings, fits: latency tables, None without latencies. troubles: what has no value, and why.
+        latency: None without latencies. troubles: what has no value, and why.
         protocol: fact -> text. figures: on disk. grids: (heading, PNG).
     """
 
@@ -67,8 +47,7 @@ class Content:
     full: tuple[Table, ...]
     notes: tuple[tuple[str, ...], ...]
     general_notes: tuple[str, ...]
-    timings: Table | None
-    fits: Table | None
+    latency: Section | None
     troubles: tuple[Trouble, ...]
     protocols: tuple[tuple[str, Mapping[str, str]], ...]
     environments: tuple[tuple[str, Mapping[str, str]], ...]
@@ -98,8 +77,7 @@ def gather(
         full=tuple(full_table(block) for block in found),
         notes=tuple(footnotes(block) for block in found),
         general_notes=general_notes(found),
-        timings=_timings_table(timings),
-        fits=_fits_table(fits),
+        latency=section(found, [(r.cell.id, one) for r in records for one in r.latency], timings, fits, primary),
         troubles=tuple(troubles(records)),
         protocols=tuple((f"{b.title}: {b.protocol or 'none recorded'}", flat(b.facts)) for b in found),
         environments=tuple((f"{n} records", flat(facts)) for facts, n in environments(records)),
@@ -219,43 +197,3 @@ def _headline(
         "evalbench": str(manifest.get("evalbench", "")),
     }
     return tuple((key, value) for key, value in facts.items() if value)
-
-
-def _timings_table(timings: pd.DataFrame) -> Table | None:
-    timed = timings.dropna(subset=["image_median_ms"])
-    if timed.empty:
-        return None
-    guided, seeded = timed["guidance"].nunique() > 1, timed["seed"].nunique() > 1
-    extra = [name for name, wanted in (("guidance", guided), ("seed", seeded)) if wanted]
-    header = ("method", "NFE", *extra, "ms / image", "p10", "p90", "p99", "ms / call", "calls", "peak MB")
-    numbers = [
-        *(f"image_{part}_ms" for part in ("median", "p10", "p90", "p99")),
-        "call_median_ms",
-        "timings",
-        "peak_mb",
-    ]
-    rows = tuple(
-        (Shown(str(row["method"])), *(_measured(row, name) for name in ("nfe", *extra, *numbers)))
-        for row in timed.sort_values(["method", "nfe", "guidance", "seed"]).to_dict("records")
-    )
-    places = timed[list(HARDWARE)].drop_duplicates().itertuples(index=False, name=None)
-    where = "; ".join(hardware(*place) for place in places)
-    return Table(f"Latency of whole sampling calls on {where}", header, rows)
-
-
-def _fits_table(fits: pd.DataFrame) -> Table | None:
-    if fits.empty:
-        return None
-    header = ("method", "guidance", "batch", "ms per NFE", "fixed ms", "R²", "points")
-    names = ("guidance", "batch", "ms_per_nfe", "intercept_ms", "r2", "points")
-    rows = tuple(
-        (Shown(str(row["method"])), *(_measured(row, name) for name in names)) for row in fits.to_dict("records")
-    )
-    return Table("Milliseconds per call over measured NFE: robust line (Theil-Sen)", header, rows)
-
-
-def _measured(row: Mapping[Any, Any], name: str) -> Shown:
-    """Facts and counts as they are, measurements with three digits."""
-    value = float(row[name])
-    exact = name in ("nfe", "guidance", "seed", "batch", "timings", "points")
-    return Shown(number(value) if exact else significant(value), value)

@@ -9,7 +9,7 @@ import io
 import math
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,9 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from evalbench.report.frames import write_bytes, write_table
+from evalbench.report.frames import latency_fits, write_bytes, write_table
 from evalbench.report.text import number
 from evalbench.report.view import Block, Row
 
@@ -30,9 +30,9 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<")
 LINES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)))
 FLOOR = "#6b6b6b"
-HARDWARE = ("device", "threads", "batch")
+HARDWARE = ("device", "threads", "batch", "variant")
 _LABEL_LIMIT = 26  # longer names go to a legend below the plot
-_STYLE: Any = {
+STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 9.0,
     "axes.titlesize": 9.5,
@@ -74,6 +74,8 @@ class Chart:
 
     Attributes:
         points: one row per point: panel, method, nfe, x, y, and `x_low`, `x_high`, `y_low`, `y_high`.
+        lines: slope and intercept by panel and method, drawn instead of joining points. fronts: points of the Pareto
+            front by panel. bars: what error bars are.
         panels: in order. floors: label and value by panel, where known. titles, y_labels: by panel.
     """
 
@@ -84,10 +86,16 @@ class Chart:
     titles: dict[str, str]
     y_labels: dict[str, str]
     along_nfe: bool = True
+    lines: dict[tuple[str, str], tuple[float, float]] = field(default_factory=dict)
+    fronts: dict[str, pd.DataFrame] = field(default_factory=dict)
+    bars: str = "Bars: 95 % interval of the value"
 
 
 def draw_all(blocks: Sequence[Block], timings: pd.DataFrame, primary: str, folder: Path) -> list[Drawn]:
-    """Quality over NFE, quality over latency, and every other metric over NFE; figures without a point are left out."""
+    """Quality over NFE, quality over latency, latency over NFE, and every other metric over NFE.
+
+    Figures without a point are left out.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     first = blocks[:1]
     others = [name for block in first for name in block.metrics if name != primary]
@@ -96,6 +104,7 @@ def draw_all(blocks: Sequence[Block], timings: pd.DataFrame, primary: str, folde
     wanted = [
         ("quality-nfe", nfe_chart(blocks, [primary]), quality),
         ("quality-latency", latency_chart(blocks, timings, primary), f"{primary} over time per image."),
+        ("latency-nfe", line_chart(timings), "Time of a whole call over network evaluations."),
         ("metrics-nfe", nfe_chart(first, others), f"The other metrics over network evaluations{where}."),
     ]
     return [_save(chart, name, title, folder) for name, chart, title in wanted if len(chart.points)]
@@ -133,7 +142,49 @@ def latency_chart(blocks: Sequence[Block], timings: pd.DataFrame, primary: str) 
                 if panel not in chart.panels:
                     title = f"{block.title}\n{place}" if len(blocks) > 1 else place
                     _add_panel(chart, block, primary, panel, title, block.heading(primary))
+        for panel in (panel for panel in chart.panels if panel not in chart.fronts):
+            mine = [row for row in rows if row["panel"] == panel]
+            chart.fronts[panel] = front(_frame(mine), higher_is_better=block.higher_is_better(primary))
     return replace(chart, points=_frame(rows))
+
+
+def front(points: pd.DataFrame, *, higher_is_better: bool) -> pd.DataFrame:
+    """The points that no other one beats on both axes (x: less is better), by x."""
+    kept: list[int] = []
+    best = math.inf
+    for i, point in points.sort_values(["x", "y"], ascending=[True, not higher_is_better]).iterrows():
+        badness = -float(point["y"]) if higher_is_better else float(point["y"])
+        if badness < best:
+            best = badness
+            kept.append(i)  # type: ignore[arg-type]
+    return points.loc[kept]
+
+
+def line_chart(timings: pd.DataFrame) -> Chart:
+    """Median milliseconds of a call over measured NFE with the robust line: a panel per guidance, device and batch."""
+    timed = timings.dropna(subset=["call_median_ms", "nfe_measured"])
+    chart = Chart(
+        _frame([]), [], {}, "NFE per sample (measured)", {}, {}, bars="Bars: 10th to 90th percentile of calls"
+    )
+    rows: list[dict[str, Any]] = []
+    fits = latency_fits(timings)
+    for guidance, where, found in ((g, *p) for g, some in timed.groupby("guidance") for p in places(some)):
+        panel = f"guidance {guidance}; {where}"
+        chart.panels.append(panel)
+        chart.titles[panel], chart.y_labels[panel] = where, "ms per call (median)"
+        if timed["guidance"].nunique() > 1:
+            chart.titles[panel] = f"guidance {guidance}\n{where}"
+        rows += [_timed_point(panel, row) for row in found.to_dict("records")]
+        place = found[list(HARDWARE)].iloc[0]
+        mine = fits[(fits["guidance"] == guidance) & (fits[list(HARDWARE)] == place).all(axis=1)]
+        chart.lines.update({(panel, r["method"]): (r["ms_per_nfe"], r["intercept_ms"]) for _, r in mine.iterrows()})
+    return replace(chart, points=_frame(rows))
+
+
+def _timed_point(panel: str, row: dict[Any, Any]) -> dict[str, Any]:
+    facts = {name: row[name] for name in ("guidance", "method", "nfe")}
+    y = {"y": row["call_median_ms"], "y_low": row["call_p10_ms"], "y_high": row["call_p90_ms"]}
+    return {"panel": panel, "metric": "call_median_ms", "x": row["nfe_measured"], **facts, **y}
 
 
 def _add_panel(chart: Chart, block: Block, metric: str, panel: str, title: str, y_label: str) -> None:
@@ -174,15 +225,15 @@ def _frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
 
 
 def _save(chart: Chart, name: str, title: str, folder: Path) -> Drawn:
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = draw(chart)
-        png = write_bytes(folder / f"{name}.png", _bytes(figure, "png"))
-        pdf = write_bytes(folder / f"{name}.pdf", _bytes(figure, "pdf"))
+        png = write_bytes(folder / f"{name}.png", figure_bytes(figure, "png"))
+        pdf = write_bytes(folder / f"{name}.pdf", figure_bytes(figure, "pdf"))
     table = write_table(chart.points, folder / f"{name}.csv")
     return Drawn(name, png, pdf, table, _alt(chart, title), _caption(chart, title), wide=len(chart.panels) > 1)
 
 
-def _bytes(figure: Figure, kind: str) -> bytes:
+def figure_bytes(figure: Figure, kind: str) -> bytes:
     """The file without dates and versions, so that equal figures are equal bytes."""
     metadata = {"pdf": {"CreationDate": None, "Creator": None, "Producer": None}, "png": {"Software": None}}
     stream = io.BytesIO()
@@ -216,7 +267,15 @@ def _draw_panel(axes: Axes, chart: Chart, panel: str, methods: Sequence[str]) ->
     axes.set_ylabel(_folded(chart.y_labels[panel], 40))
     _scale(axes, found, chart, chart.floors[panel][1] if panel in chart.floors else None)
     for i, method in enumerate(methods):
-        _draw_line(axes, found[found["method"] == method].sort_values("nfe"), i, chart.along_nfe)
+        line = chart.lines.get((panel, method)) if chart.lines else None
+        _draw_line(axes, found[found["method"] == method].sort_values("nfe"), i, chart.along_nfe, line)
+    if chart.lines:
+        axes.set_xlim(left=0)
+        axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if panel in chart.fronts:
+        edge = chart.fronts[panel]
+        axes.step(edge["x"], edge["y"], where="post", color=FLOOR, linewidth=4.0, alpha=0.3, zorder=1)
     if panel in chart.floors:
         _draw_floor(axes, *chart.floors[panel])
 
@@ -228,11 +287,18 @@ def _folded(text: str, width: int) -> str:
     return "\n".join(textwrap.fill(line, width) for line in marked)
 
 
-def _draw_line(axes: Axes, points: pd.DataFrame, index: int, along_nfe: bool) -> None:
+def _draw_line(
+    axes: Axes, points: pd.DataFrame, index: int, along_nfe: bool, line: tuple[float, float] | None = None
+) -> None:
     if points.empty:
         return
     x, y = points["x"].to_numpy(float), points["y"].to_numpy(float)
     colour = COLOURS[index % len(COLOURS)]
+    look = _look(index)
+    if line is not None:
+        ends = [x.min(), x.max()]
+        axes.plot(ends, [line[1] + line[0] * end for end in ends], color=colour, linestyle=look["linestyle"], zorder=2)
+        look |= {"linestyle": "none"}
     axes.errorbar(
         x,
         y,
@@ -242,7 +308,7 @@ def _draw_line(axes: Axes, points: pd.DataFrame, index: int, along_nfe: bool) ->
         elinewidth=1.0,
         capsize=2.5,
         zorder=3,
-        **_look(index),
+        **look,
     )
     if not along_nfe:
         for nfe, px, py in zip(points["nfe"], x, y, strict=True):
@@ -273,7 +339,9 @@ def _scale(axes: Axes, points: pd.DataFrame, chart: Chart, floor: float | None) 
         axes.set_yscale("log", nonpositive="clip")
         _plain_log_ticks(axes, "y", max(values) / min(values))
     x = points["x"].astype(float)
-    if chart.along_nfe:
+    if chart.lines:
+        axes.set_yscale("linear")
+    elif chart.along_nfe:
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(FixedLocator(_apart(sorted(set(x)))))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -375,17 +443,25 @@ def _last_value(points: pd.DataFrame, method: str) -> float:
 # --- words ----------------------------------------------------------------------------------------------------------
 
 
-def hardware(device: str, threads: float, batch: float) -> str:
-    """Where a latency was measured."""
-    return f"{device}, {threads:g} thread{'' if threads == 1 else 's'}, batch {batch:g}"
+def places(timed: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """Timings by where and how they were measured."""
+    groups = [found for _, found in timed.groupby(list(HARDWARE), sort=True)]
+    return [(hardware(*(found[name].iloc[0] for name in HARDWARE)), found) for found in groups]
+
+
+def hardware(device: str, threads: float, batch: float, variant: str) -> str:
+    """Where and how a latency was measured."""
+    return f"{device}, {threads:g} thread{'' if threads == 1 else 's'}, batch {batch:g}, {variant}"
 
 
 def _caption(chart: Chart, title: str) -> str:
-    bars = "Bars: 95 % interval of the value"
+    bars = chart.bars
     if not chart.along_nfe:
         bars += "; across, 10th to 90th percentile of the timed calls. Numbers are NFE budgets"
     floor = " Dashed: what a perfect sampler scores at the same N." if chart.floors else ""
-    return f"{title} {bars}.{floor}"
+    edge = " Grey: the Pareto front, no point is both faster and better." if chart.fronts else ""
+    line = " Lines: Theil-Sen, time per evaluation." if chart.lines else ""
+    return f"{title} {bars}.{floor}{edge}{line}"
 
 
 def _alt(chart: Chart, title: str) -> str:

@@ -20,9 +20,21 @@ from evalbench.stats import line_fit, percentiles
 KEYS = ("suite", "guidance", "seed", "method", "nfe")
 _FACTS = ("suite", "method", "nfe", "guidance", "seed", "samples", "status")
 _WHOLE = ("nfe", "seed", "samples")
-_TEXT = ("suite", "method", "status", "protocol", "error", "cell", "device", "synchronised")
+_TEXT = (
+    *("suite", "method", "status", "protocol", "error", "cell"),
+    *("device", "variant", "impl", "clock", "session", "flags", "doubt"),
+)
 _LATENCY = ("median", "p10", "p90", "p99")
-_FIT_GROUP = ["suite", "guidance", "method", "device", "threads", "batch"]
+PARTS = ("denoiser", "decoder", "conditioning", "arithmetic", "overhead", "excess")
+_TIMED = (
+    ["variant", "batch", "impl", "device", "threads", "clock", "processes", "rounds", "timings", "warmup", "settled"],
+    [f"{kind}_{part}_ms" for kind in ("call", "image") for part in _LATENCY],
+    ["cold_s", "build_s", "first_s"],
+    [f"{part}_ms" for part in PARTS],
+    ["before_mb", "peak_mb", "reserved_mb", "weights_mb", "memory:note", "joules", "energy:note"],
+    ["checked", "doubt", "flags", "embedded", "training_free", "session"],
+)
+_FIT_GROUP = ["suite", "guidance", "method", "variant", "device", "threads", "batch", "session"]
 _LEAST_POINTS = 3
 _FIT_COLUMNS = (
     *_FIT_GROUP,
@@ -54,35 +66,19 @@ def cells_frame(records: Iterable[Record], suite: Suite) -> pd.DataFrame:
 
 
 def timings_frame(records: Iterable[Record]) -> pd.DataFrame:
-    """One row per cell with all that a clock said: wall seconds of preparation and quality run, latencies, peak memory.
+    """One row per cell, variant and batch size with all that a clock said; one row for a cell that was not timed.
 
-    Latencies are milliseconds: `call_*` of one call at `batch`, `image_*` that divided by the batch.
+    Latencies are milliseconds: `call_*` of one call at `batch`, `image_*` that divided by the batch; parts of a call
+    likewise. `cold_s`, `build_s` and `first_s` are medians over processes, `wall_s` is of the quality run's chunks.
     """
-    cells: dict[str, dict[str, Record]] = {}
+    cells: dict[str, list[Record]] = {}
     for record in records:
-        cells.setdefault(record.cell.id, {})[record.kind] = record
-    names = display_names(r for kinds in cells.values() for r in kinds.values())
-    rows = [_timing_row(kinds, names[cell_id]) for cell_id, kinds in cells.items()]
-    latency = [f"{kind}_{part}_ms" for kind in ("call", "image") for part in _LATENCY]
-    return _sorted_frame(
-        rows,
-        [
-            *(name for name in _FACTS if name not in ("samples", "status")),
-            "nfe_measured",
-            "prepare_s",
-            "wall_s",
-            "timings",
-            *latency,
-            "batch",
-            "device",
-            "threads",
-            "warmup",
-            "synchronised",
-            "peak_mb",
-            "error",
-            "cell",
-        ],
-    )
+        cells.setdefault(record.cell.id, []).append(record)
+    names = display_names(r for found in cells.values() for r in found)
+    rows = [row for cell_id, found in cells.items() for row in _timing_rows(found, names[cell_id])]
+    facts = [name for name in _FACTS if name not in ("samples", "status")]
+    timed = [name for names in _TIMED for name in names]
+    return _sorted_frame(rows, [*facts, "nfe_measured", "prepare_s", "wall_s", *timed, "error", "cell"])
 
 
 def latency_fits(timings: pd.DataFrame) -> pd.DataFrame:
@@ -102,7 +98,7 @@ def latency_fits(timings: pd.DataFrame) -> pd.DataFrame:
 
 def write_table(frame: pd.DataFrame, path: Path) -> Path:
     """Write a frame as CSV in the same bytes for the same content, whatever the order of its rows; atomically."""
-    keys = [name for name in (*KEYS, "cell") if name in frame.columns]
+    keys = [name for name in (*KEYS, "variant", "batch", "cell") if name in frame.columns]
     ordered = frame.sort_values(keys, kind="stable") if keys else frame
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
@@ -129,7 +125,8 @@ def _sorted_frame(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> 
     frame = pd.DataFrame([[row.get(name) for name in columns] for row in rows], columns=list(columns), dtype=object)
     types = {name: int if name in _WHOLE else float for name in columns if not _is_text(name)}
     frame = frame.astype(types)
-    return frame.sort_values([*KEYS, "cell"], kind="stable", ignore_index=True)
+    keys = [name for name in (*KEYS, "variant", "batch", "cell") if name in frame.columns]
+    return frame.sort_values(keys, kind="stable", ignore_index=True)
 
 
 def _is_text(column: str) -> bool:
@@ -183,11 +180,10 @@ def _metric_columns(record: Record, metric: str) -> dict[str, Any]:
     return {metric: found.value, **parts, f"{metric}:note": found.note}
 
 
-def _timing_row(kinds: Mapping[str, Record], name: str) -> dict[str, Any]:
-    quality, timed = kinds.get("quality"), kinds.get("latency")
-    cell = next(iter(kinds.values())).cell
-    counts = quality.counts if quality else {}
-    row: dict[str, Any] = {
+def _timing_rows(found: Sequence[Record], name: str) -> list[dict[str, Any]]:
+    quality = next((r for r in found if r.kind == "quality"), None)
+    cell, counts = found[0].cell, quality.counts if quality else {}
+    base: dict[str, Any] = {
         "suite": cell.suite,
         "method": name,
         "nfe": cell.nfe,
@@ -196,28 +192,58 @@ def _timing_row(kinds: Mapping[str, Record], name: str) -> dict[str, Any]:
         "nfe_measured": counts.get("nfe"),
         "prepare_s": quality.bill.get("seconds") if quality else None,
         "wall_s": quality.seconds if quality else None,
-        "error": reason(timed) if timed else "",
+        "variant": "",
+        "error": "",
         "cell": cell.id,
     }
-    return row | (_latency_columns(timed.latency) if timed and timed.latency else {})
+    timed = [r for r in found if r.kind == "latency"]
+    rows = [base | latency_columns(one) for r in timed for one in r.latency]
+    rows += [base | {"variant": r.variant, "error": reason(r)} for r in timed if r.status != "ok"]
+    return rows or [base]
 
 
-def _latency_columns(latency: Latency) -> dict[str, Any]:
+def latency_columns(one: Latency) -> dict[str, Any]:
+    """A timed cell at one batch size as columns."""
     row: dict[str, Any] = {
-        "timings": len(latency.seconds),
-        "batch": latency.batch,
-        "device": latency.device,
-        "threads": latency.threads,
-        "warmup": latency.warmup,
-        "synchronised": latency.synchronised,
-        "peak_mb": latency.peak_bytes / 1e6,
+        "variant": one.variant,
+        "batch": one.batch,
+        "impl": one.impl,
+        "device": one.device,
+        "threads": one.threads,
+        "clock": one.clock,
+        "processes": len(one.seconds),
+        "rounds": min((len(process) for process in one.seconds), default=0),
+        "timings": len(one.calls),
+        "warmup": max(one.warmup, default=0),
+        "settled": one.steady,
+        "cold_s": _median(one.cold),
+        "build_s": _median(one.build),
+        "first_s": _median(one.first),
+        "memory:note": one.memory.note,
+        "joules": one.energy.joules,
+        "energy:note": one.energy.note,
+        "checked": one.checked,
+        "doubt": one.doubt,
+        "flags": "; ".join(one.flags),
+        "embedded": one.embedded,
+        "training_free": one.training_free,
+        "session": one.session,
     }
-    if latency.seconds:
-        found = percentiles(1e3 * np.array(latency.seconds))
+    for part in ("before", "peak", "reserved", "weights"):
+        found = getattr(one.memory, part)
+        row[f"{part}_mb"] = None if found is None else found / 1e6
+    for part in PARTS:
+        row[f"{part}_ms"] = 1e3 * getattr(one.breakdown, part) if one.breakdown else None
+    if one.calls:
+        summary = percentiles(1e3 * np.array(one.calls))
         for part in _LATENCY:
-            row[f"call_{part}_ms"] = getattr(found, part)
-            row[f"image_{part}_ms"] = getattr(found, part) / latency.batch
+            row[f"call_{part}_ms"] = getattr(summary, part)
+            row[f"image_{part}_ms"] = getattr(summary, part) / one.batch
     return row
+
+
+def _median(values: Sequence[float]) -> float | None:
+    return float(np.median(values)) if values else None
 
 
 def _text(value: Any) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from evalbench.report.content import Content, Shown, Table
+from evalbench.report.content import Content
+from evalbench.report.tables import Shown, Table
 from evalbench.report.text import md, md_name, md_table
 from evalbench.report.view import Trouble
 
@@ -66,8 +67,15 @@ def _link(file: Path, folder: Path) -> str:
 
 
 def _latency(content: Content) -> list[str]:
-    tables = [table(found) for found in (content.timings, content.fits) if found]
-    return ["## Latency\n", *tables] if tables else []
+    found = content.latency
+    if found is None:
+        return []
+    parts = [f"## {md(found.heading)}\n", _notes(found.notes)]
+    return [*parts, *(part for one in found.tables for part in (table(one.table), _notes(one.notes)))]
+
+
+def _notes(notes: Iterable[str]) -> str:
+    return "".join(f"- {md(note)}\n" for note in notes)
 
 
 def _troubles(found: Iterable[Trouble]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -149,8 +149,17 @@ def test_a_warm_up_that_never_settles_is_flagged() -> None:
     slow = tuple(2 ** (20 - i) for i in range(20))
     rules = Rules(processes=5, rounds=1, samples=1, steady=Steady(window=2, most=4), pin=False)
     found = measured.collect(run(VirtualBench({"a": Arm(1, slow=slow), "b": Arm(1)}), rules))
-    assert "batch 4: a did not settle in 4 calls" in found["b", 4].flags
-    assert not any(" b did" in flag for flag in found["b", 4].flags)
+    assert "warm-up did not settle in 4 calls (5 of 5 processes)" in found["a", 4].flags
+    assert (found["a", 4].steady, found["a", 4].warmup) == (False, (4,) * 5)
+    assert found["b", 4].steady
+    assert not any("settle" in flag for flag in found["b", 4].flags)
+
+
+def test_a_flag_stands_at_the_batch_size_at_which_it_arose() -> None:
+    sittings = run(VirtualBench({"a": Arm(3)}, batches=(1, 4)))
+    flagged = [replace(one, flags=((4, "a storm"),)) for one in sittings]
+    found = measured.collect(flagged)
+    assert (found["a", 1].flags, found["a", 4].flags) == ((), ("a storm",))
 
 
 def test_cold_start_is_from_asking_to_the_first_samples_and_everybody_opens_in_turn() -> None:

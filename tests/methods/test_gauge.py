@@ -1,4 +1,4 @@
-"""gauge: the exact self-test. Distribution metrics must not move, paired metrics must; a symmetric matrix breaks both."""
+"""gauge: the exact self-test. Distribution metrics must not move, paired ones must; a symmetric matrix breaks both."""
 
 from __future__ import annotations
 

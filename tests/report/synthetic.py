@@ -12,10 +12,13 @@ import numpy as np
 from evalbench.spec import (
     Cell,
     Chunk,
+    EnergyUse,
     Failure,
     Latency,
+    MemoryUse,
     MetricValue,
     Record,
+    Split,
     Suite,
     content_id,
     parse_suite,
@@ -111,11 +114,45 @@ def failed(method: str, nfe: int, status: str, message: str, **cell: Any) -> Rec
     return Record(kind="quality", status=status, cell=make_cell(method, nfe, **cell), samples=N, failure=failure)
 
 
-def latency(method: str, nfe: int, ms_per_nfe: float, **cell: Any) -> Record:
+def timed(method: str, nfe: int, ms_per_nfe: float, **changes: Any) -> Latency:
+    """Five processes of one call each."""
     steps = np.array([0.97, 0.99, 1.0, 1.01, 1.12])
-    seconds = tuple(float(s) for s in 1e-3 * (4 + ms_per_nfe * nfe) * steps)
-    timed = Latency(batch=64, seconds=seconds, warmup=2, device="cpu x86_64 AVX512", threads=1, peak_bytes=412_000_000)
-    return Record(kind="latency", status="ok", cell=make_cell(method, nfe, **cell), samples=64, latency=timed)
+    seconds = [float(s) for s in 1e-3 * (4 + ms_per_nfe * nfe) * steps]
+    content: dict[str, Any] = {
+        "batch": 64,
+        "seconds": tuple(((s,),) for s in seconds),
+        "warmup": (10,) * 5,
+        "steady": True,
+        "session": "together",
+        "variant": "eager,float32",
+        "training_free": True,
+        "embedded": True,
+        "device": "cpu x86_64 AVX512",
+        "threads": 1,
+        "clock": "perf_counter_ns",
+        "cold": (2.5,),
+        "build": (2.0,) * 5,
+        "first": (0.3,) * 5,
+        "breakdown": Split(
+            denoiser=1e-3 * ms_per_nfe * nfe,
+            decoder=0.0,
+            conditioning=0.0,
+            arithmetic=1e-3,
+            overhead=3e-3,
+            excess=0.0,
+            calls=5,
+        ),
+        "memory": MemoryUse(before=300_000_000, peak=412_000_000, reserved=None, weights=9_000_000),
+        "energy": EnergyUse(joules=None, note="no NVIDIA GPU: this runs on cpu"),
+        "checked": 20,
+    }
+    return Latency(**content | changes)
+
+
+def latency(method: str, nfe: int, ms_per_nfe: float, *, changes: dict[str, Any] | None = None, **cell: Any) -> Record:
+    one = timed(method, nfe, ms_per_nfe, **(changes or {}))
+    made = make_cell(method, nfe, **cell)
+    return Record(kind="latency", status="ok", cell=made, latency=(one,), variant=one.variant)
 
 
 def make_records(**cell: Any) -> list[Record]:

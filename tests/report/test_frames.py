@@ -103,13 +103,36 @@ def test_one_text_with_two_settings_is_two_names(suite: Suite) -> None:
 
 def test_latencies_are_percentiles_of_raw_seconds() -> None:
     record = latency("ddim", 10, 9.0)
-    assert record.latency is not None
     row = timings_frame([quality("ddim", 10, 8.9), record]).iloc[0]
-    ms = 1e3 * np.array(record.latency.seconds)
+    ms = 1e3 * np.array(record.latency[0].calls)
     assert row["call_median_ms"] == pytest.approx(np.median(ms))
     assert row["call_p90_ms"] == pytest.approx(np.quantile(ms, 0.9))
     assert row["image_median_ms"] == pytest.approx(np.median(ms) / 64)
-    assert (row["timings"], row["peak_mb"], row["wall_s"]) == (5, 412.0, 12.5)
+    assert (row["timings"], row["processes"], row["peak_mb"], row["wall_s"]) == (5, 5, 412.0, 12.5)
+    assert (row["variant"], row["batch"], row["cold_s"], row["first_s"]) == ("eager,float32", 64, 2.5, 0.3)
+    assert (row["denoiser_ms"], row["overhead_ms"]) == pytest.approx((90.0, 3.0))
+    assert row["energy:note"] == "no NVIDIA GPU: this runs on cpu"
+
+
+def test_every_variant_and_batch_has_its_row_and_the_cell_is_named_once_without_one() -> None:
+    slow, fast = latency("ddim", 10, 9.0), latency("ddim", 10, 5.0, changes={"variant": "compile,float32"})
+    both = fast.model_copy(update={"latency": (*fast.latency, fast.latency[0].model_copy(update={"batch": 1}))})
+    frame = timings_frame([quality("ddim", 10, 8.9), slow, both, quality("heun", 10, 3.0)])
+    rows = list(zip(frame["method"], frame["variant"], frame["batch"].fillna(0), strict=True))
+    ddim = [("ddim", "compile,float32", 1), ("ddim", "compile,float32", 64), ("ddim", "eager,float32", 64)]
+    assert rows == [*ddim, ("heun", "", 0)]
+
+
+def test_timings_of_the_first_protocol_are_no_latency() -> None:
+    import json
+
+    from evalbench.spec import record_from_json
+
+    content = json.loads(latency("ddim", 10, 9.0).to_json())
+    old = {"batch": 64, "seconds": [0.1], "warmup": 2, "device": "cpu", "threads": 1, "peak_bytes": 5}
+    assert record_from_json(json.dumps(content | {"latency": old}), where="here").latency == ()
+    assert record_from_json(json.dumps(content | {"latency": None}), where="here").latency == ()
+    assert record_from_json(json.dumps(content), where="here") == latency("ddim", 10, 9.0)
 
 
 def test_latency_line_has_the_cost_of_an_evaluation(records: list[Record]) -> None:

@@ -79,7 +79,7 @@ def test_every_file_is_there(paths: dict[str, Path]) -> None:
         paths
     )
     assert all(path.stat().st_size > 100 for path in paths.values())
-    for name in ("quality-nfe", "quality-latency", "metrics-nfe"):
+    for name in ("quality-nfe", "quality-latency", "metrics-nfe", "latency-nfe", "breakdown"):
         for kind in ("pdf", "csv"):
             assert (paths["figure:quality-nfe"].parent / f"{name}.{kind}").is_file()
     assert paths["table"].parent == paths["html"].parent.parent
@@ -159,13 +159,14 @@ def test_markdown_has_the_numbers_of_the_records(paths: dict[str, Path]) -> None
     assert "not supported: needs split" in text
     assert "ab" * 32 in text
     assert "generation.noise: philox" in text
-    timings = md_rows(text, "**Latency of whole sampling calls on cpu x86\\_64 AVX512, 1 thread, batch 64**")
+    where = "cpu x86\\_64 AVX512, 1 thread, batch 64, eager,float32"
+    timings = md_rows(text, f"**Latency of whole sampling calls on {where}**")
     assert timings[1][:3] == ["ddim", "5", "0.766"]
 
 
 def test_markdown_links_files_that_exist(paths: dict[str, Path]) -> None:
     links = re.findall(r"\]\(([^)]+)\)", paths["md"].read_text())
-    assert len(links) == 4
+    assert len(links) == 6
     assert all((paths["md"].parent / link).is_file() for link in links)
 
 
@@ -230,7 +231,7 @@ def test_html_needs_nothing_from_elsewhere(paths: dict[str, Path]) -> None:
 def test_html_can_be_read_without_eyes_and_mouse(paths: dict[str, Path]) -> None:
     page = Page(paths["html"].read_text())
     images = [attributes for tag, attributes in page.tags if tag == "img"]
-    assert len(images) == 4
+    assert len(images) == 6
     assert all(len(image["alt"] or "") > 20 for image in images)
     assert all("scope" in attributes for tag, attributes in page.tags if tag == "th")
     tags = [tag for tag, _ in page.tags]
