@@ -71,10 +71,14 @@ class Sampling(Frozen):
 
 
 class Metrics(Frozen):
-    """Metric ids; `primary` is the one that verdicts and charts use, `optional` ones run when `--metrics` asks."""
+    """Metric ids; `primary` is the one that verdicts and charts use, `optional` ones run when `--metrics` asks.
+
+    `gating` are those on which a faster method may not be worse to count as a speed-up; empty is the primary alone.
+    """
 
     names: tuple[str, ...]
     primary: str
+    gating: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
 
 
@@ -201,6 +205,9 @@ def parse_suite(content: dict[str, Any], folder: str, *, where: str) -> Suite:
         raise UserError(f"{where}: name '{suite.name}' may hold letters, digits, '.', '_' and '-' only")
     if suite.metrics.primary not in suite.metrics.names:
         raise unknown("primary metric", suite.metrics.primary, suite.metrics.names, where=where)
+    for metric in suite.metrics.gating:
+        if metric not in suite.metrics.names:
+            raise unknown("gating metric", metric, suite.metrics.names, where=where)
     return suite
 
 

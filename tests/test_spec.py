@@ -60,6 +60,7 @@ def test_extends_merges_table_by_table() -> None:
         ("version = 1", "version = 1\nschema = 7", "schema 7, this evalbench reads 1"),
         ('name = "mine"', 'name = "../mine"', "may hold letters"),
         ('primary = "fd@identity"', 'primary = "fd@x"', "unknown primary metric 'fd@x'"),
+        ('primary = "fd@identity"', 'primary = "fd@identity"\ngating = ["fd@x"]', "unknown gating metric 'fd@x'"),
         ("[model]", "[model", "not valid TOML"),
     ],
 )

@@ -66,7 +66,7 @@ def gather(
 ) -> Content:
     """Everything a report says about these records."""
     found = blocks(records, suite)
-    primary = suite.metrics.primary
+    primary, latencies = suite.metrics.primary, [(r.cell.id, one) for r in records for one in r.latency]
     return Content(
         suite=suite,
         created=str(manifest.get("created", "")),
@@ -77,7 +77,7 @@ def gather(
         full=tuple(full_table(block) for block in found),
         notes=tuple(footnotes(block) for block in found),
         general_notes=general_notes(found),
-        latency=section(found, [(r.cell.id, one) for r in records for one in r.latency], timings, fits, primary),
+        latency=section(found, latencies, timings, fits, suite.metrics.gating or (primary,)),
         troubles=tuple(troubles(records)),
         protocols=tuple((f"{b.title}: {b.protocol or 'none recorded'}", flat(b.facts)) for b in found),
         environments=tuple((f"{n} records", flat(facts)) for facts, n in environments(records)),

@@ -45,12 +45,13 @@ def section(
     latencies: Sequence[tuple[str, Latency]],
     timings: pd.DataFrame,
     fits: pd.DataFrame,
-    primary: str,
+    gating: Sequence[str],
 ) -> Section | None:
     """The section of a run; None where nothing was timed.
 
     Args:
         latencies: what was timed, with the cell's id. timings, fits: see `report.frames`.
+        gating: metrics on which a faster method may not be worse.
     """
     timed = timings.dropna(subset=["image_median_ms"])
     if timed.empty:
@@ -59,7 +60,7 @@ def section(
     tables = [_timings(where, found) for where, found in places(timed)]
     tables += [_fits(fits)] if len(fits) else []
     tables += [_split(where, found) for where, found in places(timed.dropna(subset=["denoiser_ms"]))]
-    tables += [found for block in blocks for found in _speed_ups(block, latencies, primary)]
+    tables += [found for block in blocks for found in _speed_ups(block, latencies, gating)]
     return Section("Latency: protocol check" if embedded else "Latency", _general(timed, embedded), tuple(tables))
 
 
@@ -153,9 +154,9 @@ def _measured(row: Mapping[Any, Any], name: str) -> Shown:
 # --- speed-up at matched quality ------------------------------------------------------------------------------------
 
 
-def _speed_ups(block: Block, latencies: Sequence[tuple[str, Latency]], primary: str) -> Iterator[Noted]:
+def _speed_ups(block: Block, latencies: Sequence[tuple[str, Latency]], gating: Sequence[str]) -> Iterator[Noted]:
     """A table per device, batch and session of the block, and the break-even of what was prepared."""
-    cells = {record.cell.id: row for row in block.rows for record in row.records if primary in row.numbers}
+    cells = {record.cell.id: row for row in block.rows for record in row.records if row.numbers.keys() >= {*gating}}
     groups: dict[tuple[Any, ...], list[tuple[Row, Latency]]] = {}
     for cell, one in latencies:
         if cell in cells:
@@ -163,11 +164,11 @@ def _speed_ups(block: Block, latencies: Sequence[tuple[str, Latency]], primary: 
             groups.setdefault(key, []).append((cells[cell], one))
     for (device, threads, batch, variant, _), found in sorted(groups.items()):
         where = hardware(device, threads, batch, variant)
-        points = [(row, _point(block, row, one, primary)) for row, one in found]
+        points = [(row, _point(block, row, one, gating)) for row, one in found]
         embedded = any(one.embedded for _, one in found)
         all_points = [point for _, point in points]
-        said = [(row, _against(row, point, all_points, primary, embedded)) for row, point in points]
-        yield _speed_up_table(said, f"{where}; {block.title}", primary, embedded)
+        said = [(row, _against(row, point, all_points, gating, embedded)) for row, point in points]
+        yield _speed_up_table(said, f"{where}; {block.title}", gating, embedded)
         bills = [(row, one) for row, one in said if _bill(row)]
         if bills:
             rows = {(row.method, float(_spent(row))): row for row, _ in found}
@@ -179,16 +180,19 @@ def _spent(row: Row) -> float:
     return float(row.nfe) if spent is None else spent
 
 
-def _point(block: Block, row: Row, one: Latency, primary: str) -> Point:
-    found, flops = row.numbers[primary], row.mean_count("flops")
-    has_interval = found.low is not None and found.high is not None
-    score = Score(found.value, found.low or 0.0, found.high or 0.0, block.higher_is_better(primary))
+def _point(block: Block, row: Row, one: Latency, gating: Sequence[str]) -> Point:
+    flops = row.mean_count("flops")
+    scores = {
+        metric: Score(found.value, found.low, found.high, block.higher_is_better(metric))
+        for metric in gating
+        if (found := row.numbers[metric]).low is not None and found.high is not None
+    }
     return Point(
         method=row.method,
         nfe=_spent(row),
         flops=math.nan if flops is None else flops,
         seconds=np.array(one.seconds),
-        scores={primary: score} if has_interval else {},
+        scores=scores,
         training_free=one.training_free,
         impl=one.impl,
         variant=one.variant,
@@ -197,12 +201,12 @@ def _point(block: Block, row: Row, one: Latency, primary: str) -> Point:
     )
 
 
-def _against(row: Row, point: Point, points: Sequence[Point], primary: str, embedded: bool) -> SpeedUp:
-    margins = {primary: MARGIN * abs(row.numbers[primary].value)}
+def _against(row: Row, point: Point, points: Sequence[Point], gating: Sequence[str], embedded: bool) -> SpeedUp:
+    margins = {metric: MARGIN * abs(row.numbers[metric].value) for metric in gating}
     return speed_up(point, points, margins, embedded=embedded)
 
 
-def _speed_up_table(said: Sequence[tuple[Row, SpeedUp]], where: str, primary: str, embedded: bool) -> Noted:
+def _speed_up_table(said: Sequence[tuple[Row, SpeedUp]], where: str, gating: Sequence[str], embedded: bool) -> Noted:
     columns = ("impl", "baseline", "baseline impl", "latency ratio", "FLOP ratio", "NFE ratio")
     last = () if embedded else ("in words",)
     rows = []
@@ -214,8 +218,8 @@ def _speed_up_table(said: Sequence[tuple[Row, SpeedUp]], where: str, primary: st
     caption = f"{heading}: ratios of the baseline to the method, {where}"
     notes = (
         f"Baseline: the cheapest training-free solver timed in the same rounds, in the same variant, that is no worse "
-        f"on {primary} by more than {MARGIN:.0%} (95 % interval); measured points only. A ratio above 1: the baseline "
-        "takes more. Latency, FLOPs and NFE are three things; none stands for another. Without a baseline: no measured "
+        f"on {' or '.join(gating)} by more than {MARGIN:.0%} (95 % interval); measured points only. A ratio above 1: the "
+        "baseline takes more. Latency, FLOPs and NFE are three things; none stands for another. Without a baseline: no measured "
         "solver is certain to be no worse.",
     )
     return Noted(Table(caption, ("method", *columns, *last), tuple(rows)), notes)

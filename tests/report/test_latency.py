@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from report.synthetic import latency, make_records, make_suite, quality
+from report.synthetic import latency, make_records, make_suite, quality, value
 
 from evalbench.report import html, markdown
 from evalbench.report.bars import draw_breakdown
@@ -25,10 +25,11 @@ def pair(method: str, nfe: int, fd: float, ms: float, **changes: Any) -> list[Re
     return [quality(method, nfe, fd), latency(method, nfe, ms, changes=timed)]
 
 
-def report(records: list[Record]) -> str:
+def report(records: list[Record], gating: tuple[str, ...] = ()) -> str:
     """report.md without its figures, which take most of the time."""
-    timings = timings_frame(records)
-    content = gather(records, make_suite(), {}, timings, latency_fits(timings), [], [])
+    timings, suite = timings_frame(records), make_suite()
+    suite = suite.model_copy(update={"metrics": suite.metrics.model_copy(update={"gating": gating})})
+    content = gather(records, suite, {}, timings, latency_fits(timings), [], [])
     return markdown.render(content, Path()).replace("\\", "")
 
 
@@ -58,6 +59,21 @@ def test_others_have_their_speed_up_in_words() -> None:
     assert said["cached at NFE 20"][4].startswith("2.88 (")
     assert "2.88 times faster" in said["cached at NFE 20"][-1]
     assert "no valid speed-up: no training-free solver reaches this quality" in said["cached at NFE 5"][-1]
+
+
+def test_a_speed_up_is_held_against_every_gating_metric() -> None:
+    """A baseline that reaches the method's Frechet distance and not its precision is none."""
+    good, timed = pair("cached", 20, 0.5, 3.0, training_free=False)
+    worse = good.metrics | {"precision@fashion64": value(0.5, half=0.008, higher_is_better=True)}
+    found = [*pair("ddim", 20, 0.3, 9.0), good.model_copy(update={"metrics": worse}), timed]
+    assert "times faster" in report(found)
+    gating = ("fd@fashion64", "precision@fashion64")
+    assert "times faster" in report(found, gating), "the baseline is better on both"
+    better = good.metrics | {"precision@fashion64": value(0.99, half=0.001, higher_is_better=True)}
+    found[2] = good.model_copy(update={"metrics": better})
+    text = report(found, gating)
+    assert "times faster" not in text
+    assert "no worse on fd@fashion64 or precision@fashion64" in text
 
 
 def test_what_was_timed_in_other_rounds_is_no_baseline() -> None:
