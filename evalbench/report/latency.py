@@ -217,10 +217,10 @@ def _speed_up_table(said: Sequence[tuple[Row, SpeedUp]], where: str, gating: Seq
     heading = EMBEDDED_HEADING if embedded else HEADING
     caption = f"{heading}: ratios of the baseline to the method, {where}"
     notes = (
-        f"Baseline: the cheapest training-free solver timed in the same rounds, in the same variant, that is no worse "
-        f"on {' or '.join(gating)} by more than {MARGIN:.0%} (95 % interval); measured points only. A ratio above 1: the "
-        "baseline takes more. Latency, FLOPs and NFE are three things; none stands for another. Without a baseline: no measured "
-        "solver is certain to be no worse.",
+        "Baseline: the cheapest training-free solver timed in the same rounds and variant that is no worse on "
+        f"{' or '.join(gating)} by more than {MARGIN:.0%} (95 % interval); measured points only. A ratio above 1: the "
+        "baseline takes more. Latency, FLOPs and NFE are three things; none stands for another. Without a baseline: no "
+        "measured solver is certain to be no worse.",
     )
     return Noted(Table(caption, ("method", *columns, *last), tuple(rows)), notes)
 
