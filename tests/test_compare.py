@@ -86,7 +86,8 @@ def share(x: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("rho", [0.0, 0.9])
 @pytest.mark.parametrize(
     ("route", "score"),
-    [("accuracy", share), ("align", np.tanh)] + [(f"paired-{q}", np.exp) for q in ("median", "p90")],
+    [("accuracy", share), ("align", np.tanh), ("mode-distance", np.exp), ("shortfall", np.tanh)]
+    + [(f"paired-{q}", np.exp) for q in ("median", "p90")],
 )
 def test_scores_and_errors_keep_their_level(route: str, score: Callable[..., Any], rho: float) -> None:
     def compute(key: int) -> Difference:
@@ -112,6 +113,12 @@ def test_pairing_shortens_the_interval_and_the_sign_is_new_minus_base(route: str
     shuffled = ROUTES[route].compute(base, generator(2).permutation(new), {})
     assert paired.value > 0
     assert paired.se < shuffled.se / 2
+
+
+def test_a_shortfall_falls_where_its_reward_rises() -> None:
+    base = generator(1).standard_normal(100)
+    reward, shortfall = (ROUTES[name].compute(base, base + 0.5, {}) for name in ("reward", "shortfall"))
+    assert shortfall.value == -reward.value == pytest.approx(-0.5)
 
 
 @pytest.mark.parametrize(("route", "reference"), [("fd", EXACT), ("kid", DRAWS)])

@@ -87,6 +87,11 @@ def mean_difference(base: Array, new: Array, reference: Parts) -> Difference:
     return _from_influence(float(gap.mean()), gap)
 
 
+def shortfall_difference(base: Array, new: Array, reference: Parts) -> Difference:
+    """Of a reward's rows: what is missing falls where the reward rises."""
+    return mean_difference(-base, -new, reference)
+
+
 def rms_difference(base: Array, new: Array, reference: Parts) -> Difference:
     """Difference of root mean squares; psi by the delta method."""
     _need_two(base)
@@ -144,6 +149,9 @@ ROUTES: Mapping[str, Route] = {
     "kid": Route("unbiased paired difference", "features", kernel_difference, "{}"),
     "accuracy": Route("paired difference of means", "scores", mean_difference),
     "align": Route("paired difference of means", "scores", mean_difference),
+    "mode-distance": Route("paired difference of means", "scores", mean_difference),
+    "reward": Route("paired difference of means", "scores", mean_difference),
+    "shortfall": Route("paired difference of means", "scores", shortfall_difference),
     "paired-median": Route("paired difference of medians", "errors", quantile_difference(0.5)),
     "paired-p90": Route("paired difference of 90th percentiles", "errors", quantile_difference(0.9)),
     "paired-rms": Route("paired difference of root mean squares", "errors", rms_difference),
