@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evalbench.errors import BadSamples, EvalbenchError, UserError
-from evalbench.interfaces import Parts
+from evalbench.interfaces import Metric, Parts
 
 Array: TypeAlias = NDArray[np.float64]
 _SPLIT_SEED = 20_240_607  # fixes which half, or block, a sample index falls into; changing it changes numbers
@@ -52,6 +52,24 @@ def rows_of(metric: str, parts: Parts, name: str) -> np.ndarray:
     if bad:
         raise BadSamples(f"{metric}: '{name}' is NaN or infinite for {bad} of {len(rows)} samples")
     return rows
+
+
+class RowsMetric(Metric[Rows]):
+    """A metric that keeps the rows of one extractor and refers to the suite's reference of the same name."""
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return (self.arg,)
+
+    @property
+    def reference_key(self) -> str:
+        return self.arg
+
+    def update(self, parts: Parts) -> Rows:
+        return Rows((rows_of(self.id, parts, self.arg),))
+
+    def merge(self, a: Rows, b: Rows) -> Rows:
+        return a + b
 
 
 def scores_of(metric: str, parts: Parts, name: str) -> Array:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from evalbench.interfaces import Metric, Parts, Value
-from evalbench.metrics.common import Array, Rows, reference_rows, require_samples, rows_of
+from evalbench.interfaces import Parts, Value
+from evalbench.metrics.common import Array, Rows, RowsMetric, reference_rows, require_samples
 from evalbench.registry import register
 from evalbench.stats import normal_interval
 
@@ -90,24 +90,10 @@ def _own_mean(y: Array) -> float:
 
 
 @register("kid")
-class KernelDistance(Metric[Rows]):
+class KernelDistance(RowsMetric):
     """KID: unbiased squared MMD with the cubic kernel, over all samples."""
 
     unit = "squared MMD"
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        return (self.arg,)
-
-    @property
-    def reference_key(self) -> str:
-        return self.arg
-
-    def update(self, parts: Parts) -> Rows:
-        return Rows((rows_of(self.id, parts, self.arg),))
-
-    def merge(self, a: Rows, b: Rows) -> Rows:
-        return a + b
 
     def compute(self, state: Rows, reference: Parts | None, *, allow_small_n: bool = False) -> Value:
         require_samples(self.id, state.n, 4, "a U-statistic with its error", allow_small_n=False)

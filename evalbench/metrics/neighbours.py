@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evalbench.errors import UserError
-from evalbench.interfaces import Metric, Parts, Value
-from evalbench.metrics.common import Array, Rows, reference_rows, require_samples, rows_of, split_labels
+from evalbench.interfaces import Parts, Value
+from evalbench.metrics.common import Array, Rows, RowsMetric, reference_rows, require_samples, split_labels
 from evalbench.registry import register
 from evalbench.stats import normal_interval, t_interval, wilson_interval
 
@@ -71,7 +71,7 @@ def _reference_radii(y: Array, k: int) -> Array:
     return _radii_known[digest]
 
 
-class NeighbourMetric(Metric[Rows]):
+class NeighbourMetric(RowsMetric):
     """A score from nearest-neighbour balls.
 
     Attributes:
@@ -83,20 +83,6 @@ class NeighbourMetric(Metric[Rows]):
     unit = "fraction"
     k: ClassVar[int]
     least: ClassVar[int] = 2 * _GROUPS
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        return (self.arg,)
-
-    @property
-    def reference_key(self) -> str:
-        return self.arg
-
-    def update(self, parts: Parts) -> Rows:
-        return Rows((rows_of(self.id, parts, self.arg),))
-
-    def merge(self, a: Rows, b: Rows) -> Rows:
-        return a + b
 
     def compute(self, state: Rows, reference: Parts | None, *, allow_small_n: bool = False) -> Value:
         require_samples(self.id, state.n, self.least, f"k = {self.k} and an interval", allow_small_n=False)

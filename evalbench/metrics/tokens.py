@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Protocol, cast
 import numpy as np
 
 from evalbench.errors import BadSamples, EvalbenchError, UserError
-from evalbench.interfaces import Extractor, Metric, Parts, SampleBatch, Value
-from evalbench.metrics.common import Rows, check_reference, need_reference, require_samples, rows_of
+from evalbench.interfaces import Extractor, Parts, SampleBatch, Value
+from evalbench.metrics.common import Rows, RowsMetric, check_reference, need_reference, require_samples
 from evalbench.metrics.persample import MeanScore, Sums
 from evalbench.registry import register
 from evalbench.stats import normal_interval
@@ -62,24 +62,10 @@ class TokenNLL(Extractor):
 
 
 @register("pair-tv")
-class PairTV(Metric[Rows]):
+class PairTV(RowsMetric):
     """Total-variation distance between the frequencies of neighbouring tokens and the exact ones."""
 
     unit = "probability"
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        return (self.arg,)
-
-    @property
-    def reference_key(self) -> str:
-        return self.arg
-
-    def update(self, parts: Parts) -> Rows:
-        return Rows((rows_of(self.id, parts, self.arg),))
-
-    def merge(self, a: Rows, b: Rows) -> Rows:
-        return a + b
 
     def compute(self, state: Rows, reference: Parts | None, *, allow_small_n: bool = False) -> Value:
         n = state.n

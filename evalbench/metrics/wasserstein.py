@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from evalbench.interfaces import Metric, Parts, Value
-from evalbench.metrics.common import Array, Rows, reference_rows, require_samples, rows_of, split_labels
+from evalbench.interfaces import Parts, Value
+from evalbench.metrics.common import Array, Rows, RowsMetric, reference_rows, require_samples, split_labels
 from evalbench.registry import register
 from evalbench.stats import t_interval
 
@@ -46,24 +46,10 @@ def squared_distances(a: Array, b: Array) -> Array:
 
 
 @register("sw")
-class SlicedWasserstein(Metric[Rows]):
+class SlicedWasserstein(RowsMetric):
     """Sliced 2-Wasserstein distance over 256 fixed directions; standard error and bias by a 16-group jackknife."""
 
     unit = "feature units"
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        return (self.arg,)
-
-    @property
-    def reference_key(self) -> str:
-        return self.arg
-
-    def update(self, parts: Parts) -> Rows:
-        return Rows((rows_of(self.id, parts, self.arg),))
-
-    def merge(self, a: Rows, b: Rows) -> Rows:
-        return a + b
 
     def compute(self, state: Rows, reference: Parts | None, *, allow_small_n: bool = False) -> Value:
         n = state.n

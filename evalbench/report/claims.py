@@ -42,8 +42,9 @@ LEGEND = (
     "Power: probability of 'observed' if the claim were true at the claimed size, from the measured spread.",
 )
 _METHOD = (
-    "A claim is a constant in its method's file, committed before it is run; `evalbench claims --run` runs both arms "
-    "and `evalbench claims RUN` says what a run holds of it. A changed claim loses its verdict until it is run again.",
+    "A claim is a constant in its method's file, committed before the run that judges it; `evalbench claims --run` "
+    "runs both arms and `evalbench claims RUN` says what a run holds of it. A changed claim loses its verdict until it "
+    "is run again.",
     "Intervals are Student's t over run seeds. The bias that is taken off is the metric's own estimate: for a Frechet "
     "distance this makes the difference the half-split extrapolation that `evalbench compare` uses; for `sw` the "
     "jackknife. Metrics without a bias (paired errors, accuracy) enter as they are. A baseline at the floor has no "
