@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from evalbench.cost.speedup import EMBEDDED_HEADING
 from evalbench.report.frames import latency_fits, write_bytes, write_table
 from evalbench.report.text import number
 from evalbench.report.view import Block, Row
@@ -100,14 +101,21 @@ def draw_all(blocks: Sequence[Block], timings: pd.DataFrame, primary: str, folde
     first = blocks[:1]
     others = [name for block in first for name in block.metrics if name != primary]
     where = f" ({blocks[0].title})" if blocks else ""
+    check = f"{EMBEDDED_HEADING}: " if is_embedded(timings) else ""
     quality = f"{primary} over network evaluations{where if len(blocks) == 1 else ''}."
     wanted = [
         ("quality-nfe", nfe_chart(blocks, [primary]), quality),
-        ("quality-latency", latency_chart(blocks, timings, primary), f"{primary} over time per image."),
-        ("latency-nfe", line_chart(timings), "Time of a whole call over network evaluations."),
+        ("quality-latency", latency_chart(blocks, timings, primary), f"{check}{primary} over time per image."),
+        ("latency-nfe", line_chart(timings), f"{check}Time of a whole call over network evaluations."),
         ("metrics-nfe", nfe_chart(first, others), f"The other metrics over network evaluations{where}."),
     ]
     return [_save(chart, name, title, folder) for name, chart, title in wanted if len(chart.points)]
+
+
+def is_embedded(timings: pd.DataFrame) -> bool:
+    """Whether all that was timed is evalbench's own models: their timings check the protocol and are no claim."""
+    timed = timings.dropna(subset=["image_median_ms"])
+    return bool(len(timed)) and bool(timed["embedded"].all())
 
 
 def nfe_chart(blocks: Sequence[Block], metrics: Sequence[str]) -> Chart:
@@ -141,6 +149,7 @@ def latency_chart(blocks: Sequence[Block], timings: pd.DataFrame, primary: str) 
                 rows.append(_point(block, row, primary, panel) | x)
                 if panel not in chart.panels:
                     title = f"{block.title}\n{place}" if len(blocks) > 1 else place
+                    title = f"{EMBEDDED_HEADING}: {title}" if is_embedded(timings) else title
                     _add_panel(chart, block, primary, panel, title, block.heading(primary))
         for panel in (panel for panel in chart.panels if panel not in chart.fronts):
             mine = [row for row in rows if row["panel"] == panel]

@@ -13,8 +13,9 @@ from report.synthetic import latency, make_records, make_suite, quality, value
 from evalbench.report import html, markdown
 from evalbench.report.bars import draw_breakdown
 from evalbench.report.content import gather
-from evalbench.report.figures import draw, front, line_chart
+from evalbench.report.figures import draw, draw_all, front, latency_chart, line_chart
 from evalbench.report.frames import latency_fits, timings_frame
+from evalbench.report.view import blocks
 from evalbench.spec import Record
 
 SPEED_WORDS = re.compile(r"times faster|speed-up: |Speed-up at matched")
@@ -161,3 +162,15 @@ def test_bars_add_up_to_the_latency(tmp_path: Path) -> None:
     assert parts[ddim.index[0]] == pytest.approx(94.0 / 64)
     assert "denoiser" in drawn.alt
     assert draw_breakdown(timings_frame([]), tmp_path) is None
+
+
+def test_figures_with_times_of_embedded_models_are_headed_protocol_check(tmp_path: Path) -> None:
+    suite = make_suite()
+    for records, headed in ((make_records(), True), (pair("ddim", 20, 0.5, 9.0) + pair("ddim", 5, 2.0, 9.0), False)):
+        timings = timings_frame(records)
+        chart = latency_chart(blocks(records, suite), timings, suite.metrics.primary)
+        assert all(title.startswith("Protocol check: ") == headed for title in chart.titles.values())
+        drawn = draw_all(blocks(records, suite), timings, suite.metrics.primary, tmp_path / str(headed))
+        captions = {one.name: one.caption.startswith("Protocol check: ") for one in drawn}
+        assert captions["quality-latency"] == headed
+        assert not captions["quality-nfe"]
