@@ -3,16 +3,22 @@
     python docs/make.py lists                 docs/methods.md and docs/suites.md from the registry
     python docs/make.py claims                docs/claims.md and the README's table from results/claims.json
     python docs/make.py pictures RUN          docs/images/ from a run folder (`make quickstart` leaves one)
+    python docs/make.py pandas                docs/pandas.md: its blocks are run, what they print stands below them
 
-tests/test_docs.py fails when the lists are not current.
+tests/test_docs.py fails when the lists or what docs/pandas.md prints are not current.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import inspect
+import io
+import re
 import shutil
+import tempfile
 from pathlib import Path
+from typing import Any
 
 from evalbench import catalogue, registry
 from evalbench.report import claims as claim_tables
@@ -59,15 +65,33 @@ def write_claims() -> None:
     readme.write_text(claim_tables.insert(readme.read_text("utf-8"), rows), encoding="utf-8")
 
 
+def run_page(text: str) -> str:
+    """A page whose ```python blocks were run one after the other, each with what it printed in the ```text below."""
+    scope: dict[str, Any] = {}
+
+    def run_block(block: re.Match[str]) -> str:
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(block["code"], scope)
+        return f"```python\n{block['code']}```\n\n```text\n{printed.getvalue()}```\n"
+
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        return re.sub(r"```python\n(?P<code>.*?)```\n\n```text\n.*?```\n", run_block, text, flags=re.DOTALL)
+
+
 def main() -> None:
     """Write what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["lists", "claims", "pictures"])
+    parser.add_argument("what", choices=["lists", "claims", "pictures", "pandas"])
     parser.add_argument("run", nargs="?", type=Path, help="run folder, for pictures")
-    parser.add_argument("--to", type=Path, default=DOCS, help="where the lists go")
+    parser.add_argument("--to", type=Path, default=DOCS, help="where the lists and the page go")
     args = parser.parse_args()
     if args.what == "claims":
         write_claims()
+        return
+    if args.what == "pandas":
+        page = run_page((DOCS / "pandas.md").read_text("utf-8"))
+        (args.to / "pandas.md").write_text(page, encoding="utf-8")
         return
     if args.what == "lists":
         for name, page in PAGES.items():

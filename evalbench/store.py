@@ -143,6 +143,23 @@ class Store:
                     found.append(content["images"])
         return np.concatenate(found) if found else None
 
+    def per_sample(self, cell_id: str) -> dict[str, np.ndarray]:
+        """What a cell has one number of per sample: `sample` (its index), scores, `count:NAME`; each (n,).
+
+        Rows of features and images are left on disk. Empty when the folder has no chunk of the cell.
+        """
+        parts: dict[str, list[np.ndarray]] = {}
+        for file in sorted((self.folder / "chunks" / cell_id).glob("*.npz")):
+            start, stop = map(int, file.stem.split("-"))
+            parts.setdefault("sample", []).append(np.arange(start, stop))
+            with np.load(file, allow_pickle=False) as content:
+                for name in content.files:
+                    if name not in ("facts", "images") and (values := content[name]).shape == (stop - start,):
+                        parts.setdefault(name, []).append(values)
+        # a column that some chunks lack (a metric that came later) would be shorter than the index
+        whole = {name: found for name, found in parts.items() if len(found) == len(parts["sample"])}
+        return {name: np.concatenate(found) for name, found in whole.items()}
+
 
 def _write_npz(file: Path, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> None:
     """Arrays and JSON facts in one file: a reader sees all of it or nothing."""

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from evalbench import api, runner
 from evalbench.registry import parse_methods
 
@@ -21,6 +23,19 @@ def test_made_pages_are_current(tmp_path: Path) -> None:
     assert [page.name for page in made] == ["methods.md", "suites.md"]
     for page in made:
         assert (ROOT / "docs" / page.name).read_text() == page.read_text(), "run: python docs/make.py lists"
+
+
+def test_what_the_pandas_page_prints(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "docs" / "make.py"), "pandas", "--to", str(tmp_path)]
+    subprocess.run(command, check=True, timeout=300)
+    found, page = (tmp_path / "pandas.md").read_text(), (ROOT / "docs" / "pandas.md").read_text()
+    number = re.compile(r"-?\d+\.\d+")
+    assert len(number.findall(page)) > 30
+    assert number.sub("#", found) == number.sub("#", page), "run: python docs/make.py pandas"
+    # another processor may round the last digit otherwise
+    assert [float(n) for n in number.findall(found)] == pytest.approx(
+        [float(n) for n in number.findall(page)], abs=0.02
+    )
 
 
 def test_relative_links_and_pictures_exist() -> None:

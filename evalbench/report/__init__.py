@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 FORMATS = ("md", "html", "csv")
+TABLES = ("cells", "timings", "samples")
 
 
 def build_report(store: Store, out_dir: Path, formats: Sequence[str] = FORMATS) -> dict[str, Path]:
@@ -38,16 +39,28 @@ def build_report(store: Store, out_dir: Path, formats: Sequence[str] = FORMATS) 
     return build.build(store, suite_of(store), Path(out_dir), formats)
 
 
-def load(run: Path | str) -> pd.DataFrame:
-    """The cells of a run as a DataFrame, one row each: the content of table.csv.
+def load(run: Path | str, table: str = "cells") -> pd.DataFrame:
+    """A run as a tidy DataFrame, see docs/pandas.md.
+
+    Args:
+        run: the run folder.
+        table: `cells`, one row per cell, the content of table.csv; `timings`, one row per cell, variant and batch
+            size, the content of timings.csv; `samples`, one row per sample with its scores and counts.
 
     Raises:
-        UserError: not a run folder.
+        UserError: not a run folder, or an unknown table.
     """
-    from evalbench.report.frames import cells_frame
+    if table not in TABLES:
+        raise unknown("table", table, TABLES)
+    from evalbench.report import frames
 
     store = Store(run)
-    return cells_frame(store.records(), suite_of(store))
+    records = store.records()
+    if table == "cells":
+        return frames.cells_frame(records, suite_of(store))
+    if table == "timings":
+        return frames.timings_frame(records)
+    return frames.samples_frame(records, store.per_sample)
 
 
 def print_table(records: Sequence[Record], suite: Suite, console: Console) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,47 @@ def timings_frame(records: Iterable[Record]) -> pd.DataFrame:
     facts = [name for name in _FACTS if name not in ("samples", "status")]
     timed = [name for names in _TIMED for name in names]
     return _sorted_frame(rows, [*facts, "nfe_measured", "prepare_s", "wall_s", *timed, "error", "cell"])
+
+
+def samples_frame(records: Iterable[Record], per_sample: Callable[[str], Mapping[str, np.ndarray]]) -> pd.DataFrame:
+    """One row per sample of every ok cell, sorted as the cells and by sample.
+
+    Columns: suite, method, nfe (the budget), guidance, seed, sample (its index); the counts nfe_measured, evals.ROLE,
+    cost, flops, depth; every per-sample score under the name of its extractor, such as `fashion-classifier` of
+    `accuracy@fashion-classifier`; cell. Equal (seed, sample) had the same noise in every cell.
+
+    Args:
+        per_sample: the stored numbers of a cell by its id, see `Store.per_sample`.
+    """
+    quality = [r for r in records if r.kind == "quality" and r.status == "ok"]
+    names = display_names(quality)
+    frames = [_samples(r, names[r.cell.id], per_sample(r.cell.id)) for r in quality]
+    facts = ["suite", "method", "nfe", "guidance", "seed", "sample"]
+    held = [frame for frame in frames if len(frame)]
+    if not held:
+        return pd.DataFrame(columns=[*facts, "cell"])
+    found = pd.concat(held, ignore_index=True)
+    counts = [name for name in _count_columns(quality) if name in found.columns]
+    scores = sorted(set(found.columns) - {*facts, *counts, "cell"})
+    ordered = found[[*facts, *counts, *scores, "cell"]]
+    return ordered.sort_values([*KEYS, "cell", "sample"], kind="stable", ignore_index=True)
+
+
+def _samples(record: Record, name: str, found: Mapping[str, np.ndarray]) -> pd.DataFrame:
+    """The samples that the record is about: the folder may hold more."""
+    if not found:
+        return pd.DataFrame()
+    cell = record.cell
+    numbers = {_sample_column(key): values.astype(float) for key, values in found.items() if key != "sample"}
+    frame = pd.DataFrame({"sample": found["sample"], **numbers})
+    for key in KEYS:
+        frame[key] = name if key == "method" else getattr(cell, key)
+    frame["cell"] = cell.id
+    return frame[frame["sample"] < record.samples]
+
+
+def _sample_column(key: str) -> str:
+    return "nfe_measured" if key == "count:nfe" else key.removeprefix("count:")
 
 
 def latency_fits(timings: pd.DataFrame) -> pd.DataFrame:

@@ -16,7 +16,7 @@ import evalbench
 from evalbench.errors import UserError
 from evalbench.report import load
 from evalbench.report.frames import cells_frame, latency_fits, timings_frame, write_table, write_timings
-from evalbench.spec import Record, Suite
+from evalbench.spec import Chunk, Record, Suite
 from evalbench.store import Store
 
 
@@ -161,3 +161,48 @@ def test_load_is_the_table_of_a_run(make_store: Callable[..., Store], records: l
 def test_load_of_another_folder_says_what_it_wants(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a run folder"):
         load(tmp_path)
+
+
+# --- samples ----------------------------------------------------------------------------------------------------------
+
+
+def write_samples(store: Store, record: Record, start: int, stop: int, **more: np.ndarray) -> None:
+    index = np.arange(start, stop)
+    arrays = {"score": index / 10, "features": np.zeros((len(index), 3)), "count:nfe": np.full(len(index), 5.0)}
+    store.write_chunk(Chunk(record.cell.id, start, stop), arrays | more, {})
+
+
+def test_samples_have_a_row_each_with_scores_and_counts(make_store: Callable[..., Store]) -> None:
+    first, second = quality("deis", 5, 3.0, samples=6), quality("euler", 5, 3.0, samples=6)
+    store = make_store([second, first, failed("heun", 5, "error", "boom")])
+    for start, stop in ((4, 8), (0, 4)):  # the folder holds two samples more than the record is about
+        write_samples(store, first, start, stop)
+    write_samples(store, second, 0, 6, images=np.zeros((6, 1, 4, 4), np.uint8))
+    frame = load(store.folder, "samples")
+    assert list(frame.columns) == [
+        *("suite", "method", "nfe", "guidance", "seed", "sample", "nfe_measured", "score", "cell"),
+    ]
+    assert list(frame["method"]) == ["deis"] * 6 + ["euler"] * 6
+    assert list(frame["sample"]) == [*range(6), *range(6)]
+    assert list(frame["score"][:6]) == [0.0, 0.1, 0.2, 0.3, 0.4, 0.5]
+    assert set(frame["nfe_measured"]) == {5.0}
+    assert set(frame["cell"]) == {first.cell.id, second.cell.id}
+
+
+def test_a_score_that_some_chunks_lack_is_no_column(make_store: Callable[..., Store]) -> None:
+    record = quality("deis", 5, 3.0, samples=8)
+    store = make_store([record])
+    write_samples(store, record, 0, 4, later=np.zeros(4))
+    write_samples(store, record, 4, 8)
+    assert "later" not in load(store.folder, "samples")
+
+
+def test_a_run_without_chunks_has_no_samples(make_store: Callable[..., Store]) -> None:
+    assert load(make_store([quality("other", 5, 3.0)]).folder, "samples").empty
+
+
+def test_an_unknown_table_names_the_known_ones(make_store: Callable[..., Store]) -> None:
+    store = make_store([])
+    assert load(store.folder, "timings").empty
+    with pytest.raises(UserError, match="unknown table 'sample'; did you mean 'samples'"):
+        load(store.folder, "sample")
