@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-import matplotlib
 import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from evalbench.report.figures import COLOURS, HARDWARE, STYLE, Drawn, figure_bytes, places
-from evalbench.report.frames import PARTS, write_bytes, write_table
+from evalbench.cost.speedup import EMBEDDED_HEADING
+from evalbench.report.figures import HARDWARE, is_embedded, places
+from evalbench.report.frames import PARTS
+from evalbench.report.styles import COLOURS, REPORT, Drawn, Sheet, Style, folded_name, save
 
 _SHOWN = PARTS[:-1]  # excess is no part of the call
-_HATCHES = ("", "//", "..", "\\\\", "xx")
+_HATCHES = ("", "////", "....", "\\\\\\\\", "xxxx")
 _MOST = 40  # bars per panel
+_NAME = 24  # characters per line of a method's name
 
 
 def draw_breakdown(timings: pd.DataFrame, folder: Path) -> Drawn | None:
-    """Write the figure as PNG, PDF and CSV; None where nothing was metered. One panel per device, variant and batch."""
+    """Write the figure as PNG, PDF and CSV; None where nothing was metered."""
+    found = breakdown(timings)
+    if found is None:
+        return None
+    return save(found, "breakdown", folder, REPORT, REPORT.text if found.wide else REPORT.column)
+
+
+def breakdown(timings: pd.DataFrame) -> Sheet | None:
+    """Milliseconds of an image by part; None where nothing was metered. One panel per device, variant and batch."""
     split = timings.dropna(subset=["denoiser_ms"])
     if split.empty:
         return None
@@ -28,44 +39,56 @@ def draw_breakdown(timings: pd.DataFrame, folder: Path) -> Drawn | None:
     shares = split[columns].copy()
     for part in PARTS:
         shares[f"{part}_ms"] /= shares["batch"]
-    panels = places(shares)
-    folder.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context(STYLE):
-        figure = _draw(panels)
-        png = write_bytes(folder / "breakdown.png", figure_bytes(figure, "png"))
-        pdf = write_bytes(folder / "breakdown.pdf", figure_bytes(figure, "pdf"))
-    table = write_table(shares, folder / "breakdown.csv")
+    heading = f"{EMBEDDED_HEADING}: " if is_embedded(timings) else ""
+    panels = [(f"{heading}{where}", found) for where, found in places(shares)]
+    check = f"{EMBEDDED_HEADING}: where" if is_embedded(timings) else "Where"
     caption = (
-        "Where the milliseconds of an image go, from metered passes that wait at every border: a split, no latency."
+        f"{check} the milliseconds of an image go, from metered passes that wait at every border: a split, no latency."
     )
-    return Drawn("breakdown", png, pdf, table, f"{caption} {_words(panels[-1][1])}", caption, wide=len(panels) > 1)
+    return Sheet(partial(_draw, panels), shares, caption, f"{caption} {_words(panels[-1][1])}", wide=len(panels) > 1)
 
 
-def _draw(panels: Sequence[tuple[str, pd.DataFrame]]) -> Figure:
-    bars = max(min(len(found), _MOST) for _, found in panels)
-    figure = Figure(figsize=(3.6 * max(len(panels), 2), 0.9 + 0.19 * bars + 0.5), layout="constrained")
+def _draw(panels: Sequence[tuple[str, pd.DataFrame]], style: Style, inches: float) -> Figure:
+    """Panels below each other: names of methods take the width that panels side by side would need."""
+    heights = [min(len(found), _MOST) for _, found in panels]
+    bar = 1.45 * style.small / 72
+    figure = Figure(figsize=(inches, sum(bar * n + 0.62 for n in heights) + 0.3), layout="constrained")
     FigureCanvasAgg(figure)
-    grid = figure.subplots(1, len(panels), squeeze=False, sharey=False).ravel()
+    grid = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights).ravel()
     for axes, (where, found) in zip(grid, panels, strict=True):
-        ordered = found.sort_values(["method", "nfe"])[:_MOST][::-1]
-        names = [f"{row.method}, NFE {row.nfe}" for row in ordered.itertuples()]
+        ordered = found.sort_values(["method", "nfe", "guidance", "seed"])[:_MOST][::-1]
         left = pd.Series(0.0, index=ordered.index)
         for i, part in enumerate(_SHOWN):
             width = ordered[f"{part}_ms"]
-            look = {"color": COLOURS[i], "hatch": _HATCHES[i], "edgecolor": "white", "linewidth": 0.4}
-            axes.barh(range(len(names)), width, left=left, height=0.72, **look)
+            shown = {"color": COLOURS[i], "hatch": _HATCHES[i], "edgecolor": "white", "linewidth": 0.4}
+            axes.barh(range(len(ordered)), width, left=left, height=0.72, **shown)
             left = left + width
-        axes.set_yticks(range(len(names)), names, fontsize=7.5)
-        axes.set_title(where.replace(", batch", "\nbatch"), loc="left", fontsize=8.5)
-        axes.set_xlabel("ms per image")
+        axes.set_yticks(range(len(ordered)), _names(ordered))
+        axes.set_ylim(-0.6, len(ordered) - 0.4)
+        axes.set_title(where if inches > 5 else where.replace(", batch", "\nbatch"), loc="left")
         axes.set_xlim(0, 1.04 * float(left.max()))
         axes.set_axisbelow(True)
         axes.grid(axis="y", visible=False)
+    grid[-1].set_xlabel("ms per image")
     handles = [
-        Patch(facecolor=COLOURS[i], hatch=_HATCHES[i], edgecolor="white", label=part) for i, part in enumerate(_SHOWN)
+        Patch(facecolor=COLOURS[i], hatch=_HATCHES[i], edgecolor="white", label=part)
+        for i, part in enumerate(_SHOWN)
+        if any((found[f"{part}_ms"] > 0).any() for _, found in panels)
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(_SHOWN), frameon=False, fontsize=8)
+    columns = len(handles) if inches > 4.5 else min(len(handles), 3)
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
     return figure
+
+
+def _names(ordered: pd.DataFrame) -> list[str]:
+    scales, seeds = ordered["guidance"].nunique() > 1, ordered["seed"].nunique() > 1
+    return [
+        folded_name(f"{row.method}", _NAME)
+        + f", NFE {row.nfe}"
+        + (f", g {row.guidance:g}" if scales else "")
+        + (f", seed {row.seed}" if seeds else "")
+        for row in ordered.itertuples()
+    ]
 
 
 def _words(found: pd.DataFrame) -> str:

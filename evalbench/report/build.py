@@ -8,7 +8,7 @@ from pathlib import Path
 from evalbench.report import html, markdown
 from evalbench.report.bars import draw_breakdown
 from evalbench.report.content import gather
-from evalbench.report.figures import Drawn, draw_all
+from evalbench.report.figures import draw_all
 from evalbench.report.frames import (
     cells_frame,
     latency_fits,
@@ -17,6 +17,7 @@ from evalbench.report.frames import (
     write_table,
 )
 from evalbench.report.grids import sample_grid
+from evalbench.report.styles import Drawn
 from evalbench.report.view import Block, blocks
 from evalbench.spec import Suite
 from evalbench.store import Store
@@ -50,6 +51,7 @@ def build(store: Store, suite: Suite, out_dir: Path, formats: Sequence[str]) -> 
 
 def _grids(store: Store, found: Sequence[Block], out_dir: Path) -> list[tuple[str, Path]]:
     grids = []
+    (out_dir / "figures").mkdir(exist_ok=True)
     for i, block in enumerate(found):
         path = out_dir / "figures" / ("samples.png" if i == 0 else f"samples-{i + 1}.png")
         if sample_grid(store.images, block, path):

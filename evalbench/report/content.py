@@ -9,8 +9,8 @@ from typing import Any
 
 import pandas as pd
 
-from evalbench.report.figures import Drawn
 from evalbench.report.latency import Section, section
+from evalbench.report.styles import Drawn
 from evalbench.report.tables import Shown, Table
 from evalbench.report.text import MISSING, count, number
 from evalbench.report.view import (

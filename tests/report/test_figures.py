@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import csv
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
 from PIL import Image
 from report.synthetic import failed, make_images, make_records, quality
 
-from evalbench.report.figures import draw, draw_all, latency_chart, nfe_chart
+from evalbench.report.drawing import Chart, draw
+from evalbench.report.figures import draw_all, latency_chart, nfe_chart
 from evalbench.report.frames import timings_frame
 from evalbench.report.grids import sample_grid
+from evalbench.report.styles import REPORT
 from evalbench.report.view import blocks
 from evalbench.spec import Record, Suite
 
@@ -25,6 +31,10 @@ def opened(path: Path) -> Image.Image:
         return image
 
 
+def drawn(chart: Chart) -> Figure:
+    return draw(chart, REPORT, REPORT.column)
+
+
 def test_lines_run_over_measured_evaluations(records: list[Record], suite: Suite) -> None:
     chart = nfe_chart(blocks(records, suite), [PRIMARY])
     heun = chart.points[chart.points["method"] == "heun"]
@@ -33,10 +43,12 @@ def test_lines_run_over_measured_evaluations(records: list[Record], suite: Suite
     assert "faster-diffusion(keys=uniform:4)" not in set(chart.points["method"])
 
 
-def test_axes_bars_and_floor(records: list[Record], suite: Suite) -> None:
-    (axes,) = draw(nfe_chart(blocks(records, suite), [PRIMARY])).axes
+def test_axes_bands_and_floor(records: list[Record], suite: Suite) -> None:
+    (axes,) = drawn(nfe_chart(blocks(records, suite), [PRIMARY])).axes
     assert axes.get_yscale() == axes.get_xscale() == "log"
-    assert len(axes.containers) == 4
+    heights = [band.get_paths()[0].vertices[:, 1] for band in axes.collections]
+    assert [(h.min(), h.max()) for h in heights if h.max() > 29] == [pytest.approx((2.017, 29.272))]  # ddim's
+    assert len(heights) == 4
     assert axes.get_ylim()[0] < 0.42
     texts = {text.get_text() for text in axes.texts}
     assert texts == {"floor 0.42 at N = 4096", "ddim", "heun", "dpm-solver++(order=2)", "unipc"}
@@ -44,14 +56,32 @@ def test_axes_bars_and_floor(records: list[Record], suite: Suite) -> None:
 
 def test_values_within_a_decade_have_a_linear_axis(suite: Suite) -> None:
     found = blocks([quality("ddim", 5, 0.9), quality("ddim", 10, 0.5)], suite)
-    assert draw(nfe_chart(found, [PRIMARY])).axes[0].get_yscale() == "linear"
+    assert drawn(nfe_chart(found, [PRIMARY])).axes[0].get_yscale() == "linear"
 
 
-def test_names_that_would_overlap_go_to_a_legend(suite: Suite) -> None:
-    found = [quality(m, nfe, fd) for m, fd in (("ddim", 1.0), ("heun", 1.01)) for nfe in (5, 10)]
-    figure = draw(nfe_chart(blocks(found, suite), [PRIMARY]))
+def name_boxes(figure: Figure, methods: set[str]) -> list[Bbox]:
+    """Where the names at the lines' ends are, without the threads to the lines."""
+    figure.draw_without_rendering()
+    return [
+        Text.get_window_extent(t) for a in figure.axes for t in a.texts if t.get_text().replace("\n", "") in methods
+    ]
+
+
+def test_names_of_lines_that_end_together_are_moved_apart(suite: Suite) -> None:
+    found = [quality(f"method-{i}", nfe, 1 + i / 100) for i in range(9) for nfe in (5, 10)]
+    figure = drawn(nfe_chart(blocks(found, suite), [PRIMARY]))
+    boxes = name_boxes(figure, {f"method-{i}" for i in range(9)})
+    assert len(boxes) == 9
+    assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
+    assert all(figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 for box in boxes)
+    assert next(text.get_text() for text in figure.axes[0].texts) == "floor 0.42 at N = 4096"
+
+
+def test_more_names_than_fit_go_to_a_legend(suite: Suite) -> None:
+    found = [quality(f"method-{i:02d}", nfe, 1 + i / 100) for i in range(40) for nfe in (5, 10)]
+    figure = drawn(nfe_chart(blocks(found, suite), [PRIMARY]))
     (legend,) = figure.legends
-    assert {text.get_text() for text in legend.get_texts()} == {"ddim", "heun"}
+    assert len(legend.get_texts()) == 40
     assert [text.get_text() for text in figure.axes[0].texts] == ["floor 0.42 at N = 4096"]
 
 

@@ -13,8 +13,10 @@ from report.synthetic import latency, make_records, make_suite, quality, value
 from evalbench.report import html, markdown
 from evalbench.report.bars import draw_breakdown
 from evalbench.report.content import gather
-from evalbench.report.figures import draw, draw_all, front, latency_chart, line_chart
+from evalbench.report.drawing import draw
+from evalbench.report.figures import draw_all, front, latency_chart, line_chart
 from evalbench.report.frames import latency_fits, timings_frame
+from evalbench.report.styles import REPORT
 from evalbench.report.view import blocks
 from evalbench.spec import Record
 
@@ -138,7 +140,7 @@ def test_the_line_figure_draws_the_fit_and_the_points() -> None:
     chart = line_chart(frame)
     (panel,) = chart.panels
     assert chart.lines[panel, "ddim"] == pytest.approx((9.0, 4.0))
-    (axes,) = draw(chart).axes
+    (axes,) = draw(chart, REPORT, REPORT.column).axes
     lines = [tuple(line.get_ydata()) for line in axes.lines if len(line.get_xdata()) == 2]
     assert any(ys == pytest.approx((4 + 9.0 * 5, 4 + 9.0 * 20)) for ys in lines)
     assert axes.get_xlim()[0] == axes.get_ylim()[0] == 0
