@@ -22,7 +22,6 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocat
 
 from evalbench.report.styles import DARK, GREY, Style, folded_name, ink, look
 
-_NAME = 20  # characters per line of a name at a line's end
 _LEADING = 1.15  # line heights between two names
 _NUMBER = "number"  # marks the numbers of points
 _HALO = withStroke(linewidth=1.5, foreground="white")
@@ -246,7 +245,10 @@ def _label_ends(figure: Figure, shown: Sequence[tuple[Axes, str]], chart: Chart,
     ends = [{m: end for m in methods if (end := _end(chart, panel, m))} for _, panel in shown]
     if any(len(found) < len(methods) for found in ends):
         return False
-    written = [_write_names(axes, chart, panel, found, style) for (axes, panel), found in zip(shown, ends, strict=True)]
+    letters = max(17, int(5 * figure.get_size_inches()[0]))
+    written = [
+        _write_names(where[0], chart, where[1], found, style, letters) for where, found in zip(shown, ends, strict=True)
+    ]
     figure.draw_without_rendering()  # only now are axes where they will be
     places = [_places(axes, names) for (axes, _), names in zip(shown, written, strict=True)]
     if any(found is None for found in places):
@@ -261,12 +263,13 @@ def _label_ends(figure: Figure, shown: Sequence[tuple[Axes, str]], chart: Chart,
 
 
 def _write_names(
-    axes: Axes, chart: Chart, panel: str, ends: Mapping[str, tuple[float, float]], style: Style
+    axes: Axes, chart: Chart, panel: str, ends: Mapping[str, tuple[float, float]], style: Style, letters: int
 ) -> dict[str, Annotation]:
+    """Names in lines of at most `letters` characters, at half height for now."""
     thread = {"arrowstyle": "-", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3, "relpos": (0, 0.5)}
     found = {}
     for i, method in enumerate(chart.methods):
-        text = folded_name(chart.names.get((panel, method), method), _NAME)
+        text = folded_name(chart.names.get((panel, method), method), letters)
         found[method] = axes.annotate(
             text,
             ends[method],
