@@ -185,6 +185,38 @@ def report(
 
 
 @app.command()
+def figure(
+    name: Annotated[str, typer.Argument(help="nfe, latency, pareto, breakdown, grid, tradeoff or claims.")],
+    runs: Annotated[
+        list[Path] | None, typer.Argument(metavar="RUN...", help="Run folders; of claims the ledger.")
+    ] = None,
+    style: Annotated[str, typer.Option("--style", help="neurips, icml or cvpr.")] = "neurips",
+    width: Annotated[str, typer.Option("--width", help="column, or text for the whole width.")] = "column",
+    metric: Annotated[str, typer.Option("--metric", help="On the y axis; default: the suite's primary.")] = "",
+    against: Annotated[str, typer.Option("--against", help="On the x axis of tradeoff; default: a score.")] = "",
+    axis: Annotated[str, typer.Option("--axis", help="x axis of pareto: cost, flops, nfe or latency.")] = "cost",
+    nfe: Annotated[str | None, typer.Option("--nfe", help="Budgets of grid and tradeoff: 5,20.")] = None,
+    guidance: Annotated[str | None, typer.Option("--guidance", help="Guidance scales; default: all.")] = None,
+    out: Annotated[Path, typer.Option("--out", help="Folder for NAME.pdf, NAME.png and NAME.csv.")] = Path("figures"),
+) -> None:
+    """Draw one figure of a paper at the column width of a conference, with its caption."""
+    from evalbench.report.paper import Choice
+    from evalbench.report.paper import figure as draw
+
+    choice = Choice(
+        metric=metric,
+        against=against,
+        axis=axis,
+        nfe=tuple(_numbers(nfe, "--nfe", int) or ()),
+        guidance=tuple(_numbers(guidance, "--guidance", float) or ()),
+    )
+    drawn = draw(name, runs or [], out, style=style, width=width, choice=choice)
+    for path in (drawn.pdf, drawn.png, drawn.csv):
+        print(path)
+    print(f"caption: {drawn.caption}")
+
+
+@app.command()
 def compare(
     base: Annotated[Path, typer.Argument(help="Run folder to compare with.")],
     new: Annotated[Path, typer.Argument(help="Run folder to judge.")],

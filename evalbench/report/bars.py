@@ -14,7 +14,7 @@ from matplotlib.patches import Patch
 from evalbench.cost.speedup import EMBEDDED_HEADING
 from evalbench.report.figures import HARDWARE, is_embedded, places
 from evalbench.report.frames import PARTS
-from evalbench.report.styles import COLOURS, REPORT, Drawn, Sheet, Style, folded_name, save
+from evalbench.report.styles import COLOURS, REPORT, Drawn, Sheet, Style, folded_name, save, width_of, wrapped
 
 _SHOWN = PARTS[:-1]  # excess is no part of the call
 _HATCHES = ("", "////", "....", "\\\\\\\\", "xxxx")
@@ -51,8 +51,9 @@ def breakdown(timings: pd.DataFrame) -> Sheet | None:
 def _draw(panels: Sequence[tuple[str, pd.DataFrame]], style: Style, inches: float) -> Figure:
     """Panels below each other: names of methods take the width that panels side by side would need."""
     heights = [min(len(found), _MOST) for _, found in panels]
+    room = inches - max(width_of(name, style) for _, found in panels for name in _names(found)) - 0.2
     bar = 1.45 * style.small / 72
-    figure = Figure(figsize=(inches, sum(bar * n + 0.62 for n in heights) + 0.3), layout="constrained")
+    figure = Figure(figsize=(inches, sum(bar * n + 0.72 for n in heights) + 0.3), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights).ravel()
     for axes, (where, found) in zip(grid, panels, strict=True):
@@ -65,7 +66,7 @@ def _draw(panels: Sequence[tuple[str, pd.DataFrame]], style: Style, inches: floa
             left = left + width
         axes.set_yticks(range(len(ordered)), _names(ordered))
         axes.set_ylim(-0.6, len(ordered) - 0.4)
-        axes.set_title(where if inches > 5 else where.replace(", batch", "\nbatch"), loc="left")
+        axes.set_title(wrapped(where, room, style), loc="left")
         axes.set_xlim(0, 1.04 * float(left.max()))
         axes.set_axisbelow(True)
         axes.grid(axis="y", visible=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -20,7 +19,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.text import Annotation, Text
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from evalbench.report.styles import DARK, GREY, Style, folded_name, ink, look
+from evalbench.report.styles import DARK, GREY, Style, folded_name, ink, look, width_of, wrapped
 
 _LEADING = 1.15  # line heights between two names
 _NUMBER = "number"  # marks the numbers of points
@@ -70,24 +69,26 @@ def draw(chart: Chart, style: Style, inches: float) -> Figure:
     """Panels of lines, each name at the end of its line in the last panel of a row, else a legend."""
     columns = max(1, min(len(chart.panels), int(inches / style.narrowest)))
     rows = math.ceil(len(chart.panels) / columns)
-    titles = [_folded(chart.titles[panel], _letters(inches / columns, style)) for panel in chart.panels]
+    room = _room(chart, style, inches, columns)
+    titles = [wrapped(chart.titles[panel], room, style) for panel in chart.panels]
     lines = max((title.count("\n") + 1 for title in titles if title), default=0)
+    x_label = wrapped(chart.x_label, room, style)
+    lines += x_label.count("\n")
     height = min(style.tallest, 0.66 * inches / columns + 0.15) + lines * 1.35 * style.size / 72
     figure = Figure(figsize=(inches, rows * height + 0.1), layout=ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.03))
     FigureCanvasAgg(figure)
     grid = figure.subplots(rows, columns, squeeze=False, sharey="row" if chart.one_scale else False).ravel()
     for i, (axes, panel) in enumerate(zip(grid, chart.panels, strict=False)):
         _draw_panel(axes, chart, panel, titles[i], style, first=i % columns == 0)
-        if columns == 1 and i + 1 == len(chart.panels):
-            axes.set_xlabel(_folded(chart.x_label, _letters(0.8 * inches, style)))
+        if i + columns >= len(chart.panels):
+            axes.set_xlabel(x_label)
     for axes in grid[len(chart.panels) :]:
         axes.set_axis_off()
-    if columns > 1:
-        figure.supxlabel(chart.x_label, fontsize=style.size)
     last = [i for i in range(len(chart.panels)) if (i + 1) % columns == 0 or i + 1 == len(chart.panels)]
     if not _label_ends(figure, [(grid[i], chart.panels[i]) for i in last], chart, style):
         _legend(figure, chart, style)
     _thin_out(figure, grid)
+    figure.set_layout_engine("none")  # it is laid out; every file would do it again
     return figure
 
 
@@ -105,16 +106,22 @@ def _thin_out(figure: Figure, grid: Iterable[Axes]) -> None:
                 kept.append(box)
 
 
-def _letters(inches: float, style: Style) -> int:
-    """How many characters of a panel's title fit a line."""
-    return max(16, int(0.9 * inches * 72 / (0.52 * style.size)))
+def _room(chart: Chart, style: Style, inches: float, columns: int) -> float:
+    """About how wide the axes of a panel will be: without the names at the end and the numbers of the y axes."""
+    names = max(width_of(line, style) for m in chart.methods for line in folded_name(m, _letters(inches)).split("\n"))
+    return (inches - names - 0.15 - 0.6 * (1 if chart.one_scale else columns)) / columns
+
+
+def _letters(inches: float) -> int:
+    """Characters of a line of a method's name."""
+    return max(17, int(5 * inches))
 
 
 def _draw_panel(axes: Axes, chart: Chart, panel: str, title: str, style: Style, *, first: bool) -> None:
     found = chart.of(panel)
     axes.set_title(title, loc="left")
     if first or not chart.one_scale:
-        axes.set_ylabel(_folded(chart.y_labels[panel], 34))
+        axes.set_ylabel(wrapped(chart.y_labels[panel], 0.9 * style.tallest, style))
     shown = chart.points if chart.one_scale else found
     floors = [value for name, (_, value) in chart.floors.items() if chart.one_scale or name == panel]
     _scale(axes, shown, found, chart, floors)
@@ -133,13 +140,6 @@ def _draw_panel(axes: Axes, chart: Chart, panel: str, title: str, style: Style, 
         _draw_floor(axes, *chart.floors[panel], style)
 
 
-def _folded(text: str, width: int) -> str:
-    """Text in lines of at most `width`; a unit that does not fit gets a line of its own."""
-    lines = [part for line in text.split("\n") for part in (line.split(" [") if len(line) > width else [line])]
-    marked = [line if "]" not in line or "[" in line else f"[{line}" for line in lines]
-    return "\n".join(textwrap.fill(line, width) for line in marked)
-
-
 def _draw_line(
     axes: Axes, points: pd.DataFrame, index: int, chart: Chart, line: tuple[float, float] | None, style: Style
 ) -> None:
@@ -150,7 +150,8 @@ def _draw_line(
         ends = np.array([x.min(), x.max()])
         axes.plot(ends, line[1] + line[0] * ends, color=colour, linestyle=shown["linestyle"], zorder=2)
         shown |= {"linestyle": "none"}
-    axes.plot(x, y, zorder=3, **shown)
+    axes.plot(x, y, zorder=2.2, **(shown | {"marker": ""}))
+    axes.plot(x, y, zorder=3, **(shown | {"linestyle": "none"}))
     if chart.exact_x:
         low, high = (points[name].astype(float).fillna(points["y"]) for name in ("y_low", "y_high"))
         axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0, zorder=1)
@@ -158,8 +159,8 @@ def _draw_line(
     spread = {"xerr": _error(points, "x"), "yerr": _error(points, "y")}
     axes.errorbar(x, y, fmt="none", ecolor=colour, elinewidth=0.8, alpha=0.6, zorder=2, **spread)
     for value, px, py in zip(points[chart.along], x, y, strict=True):
-        offset: Any = {"xytext": (3, 3), "textcoords": "offset points", "fontsize": style.small - 1}
-        axes.annotate(f"{value:g}", (px, py), color=ink(index), gid=_NUMBER, path_effects=[_HALO], **offset)
+        offset: Any = {"xytext": (4, 4), "textcoords": "offset points", "fontsize": style.small - 1}
+        axes.annotate(f"{value:g}", (px, py), color=ink(index), gid=_NUMBER, zorder=2.6, path_effects=[_HALO], **offset)
 
 
 def _error(points: pd.DataFrame, axis: str) -> Any:
@@ -216,7 +217,7 @@ def _plain_log_ticks(axes: Axes, which: str, span: float) -> None:
     subs = (
         (1.0, 2.0, 3.0, 5.0) if span < 10 else (1.0, 2.0, 5.0) if span < 100 else (1.0, 3.0) if span < 1000 else (1.0,)
     )
-    axis.set_major_locator(LogLocator(subs=subs))
+    axis.set_major_locator(LogLocator(subs=subs, numticks=12))
     axis.set_major_formatter(_PLAIN_TICKS)
     axis.set_minor_locator(NullLocator())
 
@@ -245,7 +246,7 @@ def _label_ends(figure: Figure, shown: Sequence[tuple[Axes, str]], chart: Chart,
     ends = [{m: end for m in methods if (end := _end(chart, panel, m))} for _, panel in shown]
     if any(len(found) < len(methods) for found in ends):
         return False
-    letters = max(17, int(5 * figure.get_size_inches()[0]))
+    letters = _letters(float(figure.get_size_inches()[0]))
     written = [
         _write_names(where[0], chart, where[1], found, style, letters) for where, found in zip(shown, ends, strict=True)
     ]
@@ -321,7 +322,6 @@ def _legend(figure: Figure, chart: Chart, style: Style) -> None:
     handles = [Line2D([], [], label=names[m], **look(i)) for i, m in enumerate(chart.methods)]
     height = {names[m]: end[1] if (end := _end(chart, chart.panels[0], m)) else -math.inf for m in chart.methods}
     handles.sort(key=lambda line: height[str(line.get_label())], reverse=True)
-    longest = max(len(line) for name in names.values() for line in name.split("\n"))
-    letters = figure.get_size_inches()[0] * 72 / (0.52 * style.size)
-    columns = max(1, min(len(handles), int(letters / (longest + 8))))
+    longest = max(width_of(line, style) for name in names.values() for line in name.split("\n"))
+    columns = max(1, min(len(handles), int(figure.get_size_inches()[0] / (longest + 0.7))))
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, handlelength=3.0)

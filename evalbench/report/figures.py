@@ -21,7 +21,7 @@ from evalbench.report.view import Block, Row
 HARDWARE = ("device", "threads", "batch", "variant")
 COUNTED = {
     "nfe": "NFE per sample (measured)",
-    "cost": "cost per sample [forwards of the base model]",
+    "cost": "cost [forwards of the base model]",
     "flops": "FLOPs per sample",
 }
 
@@ -238,7 +238,7 @@ def caption(chart: Chart, title: str) -> str:
     """What stands below a chart: the title, what intervals, dashes and the grey edge are."""
     bars = chart.bars
     floor = " Dashed: what a perfect sampler scores at the same N." if chart.floors else ""
-    edge = " Grey: the Pareto front, no point is both faster and better." if chart.fronts else ""
+    edge = " Grey: the Pareto front, no point is both cheaper and better." if chart.fronts else ""
     line = " Lines: Theil-Sen, time per evaluation." if chart.lines else ""
     return f"{title} {bars}.{floor}{edge}{line}"
 

@@ -11,6 +11,7 @@ import io
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ import matplotlib
 import pandas as pd
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.textpath import TextPath
 
 from evalbench.errors import unknown
 from evalbench.report.frames import write_bytes, write_table
@@ -143,6 +146,33 @@ def folded_name(name: str, width: int) -> str:
         if lines[-1] and len(lines[-1]) + len(part) > width:
             lines.append("")
         lines[-1] += part
+    return "\n".join(lines)
+
+
+def width_of(line: str, style: Style) -> float:
+    """Width of a line of labels, inches."""
+    return _width(line, style.fonts, style.size) if line.strip() else 0.0
+
+
+@lru_cache(maxsize=4096)
+def _width(line: str, fonts: tuple[str, ...], size: float) -> float:
+    path = TextPath((0, 0), line, prop=FontProperties(family=list(fonts), size=size))
+    return float(path.vertices[:, 0].max()) / 72  # control points too: a hair more, and much cheaper
+
+
+def wrapped(text: str, inches: float, style: Style) -> str:
+    """Text in lines of at most this width, broken at spaces; a unit that does not fit gets a line of its own."""
+    lines: list[str] = []
+    for line in text.split("\n"):
+        parts = re.split(r" (?=\[)", line) if width_of(line, style) > inches else [line]
+        for part in parts:
+            lines.append("")
+            for word in part.split(" "):
+                longer = f"{lines[-1]} {word}".strip()
+                if lines[-1] and width_of(longer, style) > inches:
+                    lines.append(word)
+                else:
+                    lines[-1] = longer
     return "\n".join(lines)
 
 
