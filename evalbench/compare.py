@@ -34,6 +34,7 @@ from evalbench.spec import (
     content_id,
     parse_suite,
 )
+from evalbench.stats import holm
 from evalbench.store import Store
 from evalbench.suite_references import check_reference_file, read_reference
 
@@ -125,17 +126,6 @@ def word_of(effect: Effect, *, rejected: bool) -> Word:
     if -effect.tolerance <= effect.low and effect.high <= effect.tolerance:
         return "indistinguishable"
     return "undecided"
-
-
-def holm(p_values: Sequence[float], level: float = LEVEL) -> list[bool]:
-    """Which hypotheses are rejected with a family-wise error of at most `level` (Holm 1979)."""
-    rejected = [False] * len(p_values)
-    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
-    for rank, i in enumerate(order):
-        if p_values[i] > level / (len(p_values) - rank):
-            break
-        rejected[i] = True
-    return rejected
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -95,6 +96,15 @@ def quantile_interval(values: np.ndarray, q: float, level: float = 0.95) -> Inte
     if low < 1 or high > n:
         return None
     return Interval(float(ordered[low - 1]), float(ordered[high - 1]))
+
+
+def holm(p_values: Sequence[float] | np.ndarray, level: float = 0.05) -> list[bool]:
+    """Which hypotheses are rejected with a family-wise error of at most `level` (Holm 1979)."""
+    p = np.asarray(p_values, dtype=float)
+    order = np.argsort(p, kind="stable")
+    rejected = np.zeros(len(p), dtype=bool)
+    rejected[order] = np.logical_and.accumulate(p[order] <= level / (len(p) - np.arange(len(p))))
+    return [bool(found) for found in rejected]
 
 
 def percentiles(samples: np.ndarray) -> Percentiles:
