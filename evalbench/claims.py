@@ -3,7 +3,7 @@
 A claim is a `CLAIM = Claim(...)` in a method's file. Both arms run from the same noise; the effect is the relative
 paired difference (arm - baseline) / baseline of each run seed, with a Student t interval over seeds. A metric that
 estimates its finite-sample bias enters without it: for a Frechet distance that difference is the half-split
-extrapolation, the statistic of verdicts, and never the difference of two plug-in values.
+extrapolation 2 D_N - (D_a + D_b) / 2, and never the difference of two plug-in values.
 """
 
 from __future__ import annotations

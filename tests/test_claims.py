@@ -138,15 +138,17 @@ def test_a_metric_enters_without_its_bias() -> None:
     assert (judged.word, judged.note) == ("not observed here", "plug-in values say -10 %; bias-dominated")
 
 
-def test_frechet_values_without_bias_are_the_statistic_of_verdicts() -> None:
-    from evalbench.metrics.frechet import Gaussian, frechet_distance, half_split_bias, moments, paired_difference
+def test_frechet_values_without_bias_differ_as_verdicts_say() -> None:
+    """The half-split extrapolation of claims and the expansion of verdicts estimate one number."""
+    from evalbench.metrics.frechet import Fit, Gaussian, moments
+    from evalbench.metrics.unbiased import paired_difference
 
     rng = np.random.default_rng(0)
-    a = rng.standard_normal((200, 3))
+    a = rng.standard_normal((400, 3))
     b, reference = 0.9 * a + 0.1, Gaussian(np.zeros(3), np.eye(3))
-    whole = [frechet_distance(moments(x).gaussian(), reference) for x in (a, b)]
-    free = [d - half_split_bias(x, d, reference) for x, d in zip((a, b), whole, strict=True)]
-    assert free[0] - free[1] == pytest.approx(paired_difference(a, b, reference).value, rel=1e-9)
+    free = [fit.whole.distance - fit.bias for fit in (Fit((x,), reference, moments(x)) for x in (a, b))]
+    found = paired_difference(a, b, reference)
+    assert free[0] - free[1] == pytest.approx(found.value, abs=found.error.se / 2)
 
 
 # --- errors ---------------------------------------------------------------------------------------------------------

@@ -15,18 +15,23 @@ Array: TypeAlias = NDArray[np.float64]
 _SPLIT_SEED = 20_240_607  # fixes which half, or block, a sample index falls into; changing it changes numbers
 
 
+CLUSTER = "cluster"  # name of the array that says which samples belong together, int (B,)
+
+
 @dataclass(frozen=True)
 class Rows:
     """Per-sample rows of the chunks seen so far, in chunk order; a state that merges without arithmetic.
 
     Attributes:
-        blocks: arrays (B, ...), one per chunk.
+        blocks: arrays (B, ...), one per chunk. cluster_blocks: for each chunk which samples share a prompt, int (B,);
+            empty where all are independent.
     """
 
     blocks: tuple[np.ndarray, ...]
+    cluster_blocks: tuple[np.ndarray, ...] = ()
 
     def __add__(self, other: Rows) -> Rows:
-        return Rows(self.blocks + other.blocks)
+        return Rows(self.blocks + other.blocks, self.cluster_blocks + other.cluster_blocks)
 
     @property
     def n(self) -> int:
@@ -36,6 +41,16 @@ class Rows:
     def joined(self) -> Array:
         """All rows as float64."""
         return np.concatenate([block.astype(np.float64) for block in self.blocks])
+
+    @property
+    def clusters(self) -> np.ndarray | None:
+        """The cluster of each sample, int (n,); None where all are independent."""
+        return np.concatenate(self.cluster_blocks) if self.cluster_blocks else None
+
+
+def clusters_of(parts: Parts) -> tuple[np.ndarray, ...]:
+    """The clusters of a chunk for `Rows`: what the chunk says of them, or nothing."""
+    return (parts[CLUSTER],) if CLUSTER in parts else ()
 
 
 def rows_of(metric: str, parts: Parts, name: str) -> np.ndarray:
@@ -66,7 +81,7 @@ class RowsMetric(Metric[Rows]):
         return self.arg
 
     def update(self, parts: Parts) -> Rows:
-        return Rows((rows_of(self.id, parts, self.arg),))
+        return Rows((rows_of(self.id, parts, self.arg),), clusters_of(parts))
 
     def merge(self, a: Rows, b: Rows) -> Rows:
         return a + b
@@ -136,11 +151,15 @@ def require_samples(metric: str, n: int, need: int, why: str, *, allow_small_n: 
     return n < need
 
 
-def split_labels(n: int, groups: int) -> NDArray[np.int64]:
+def split_labels(n: int, groups: int, clusters: np.ndarray | None = None) -> NDArray[np.int64]:
     """Which of `groups` equal groups each sample index falls into, int (n,); the same for all methods of a suite.
 
-    A fixed random split: positions modulo something would follow the label plan.
+    A fixed random split: positions modulo something would follow the label plan. With `clusters`, int (n,), whole
+    clusters are dealt out, in the order of their first sample.
     """
+    if clusters is not None:
+        _, first, inverse = np.unique(clusters, return_index=True, return_inverse=True)
+        return split_labels(len(first), groups)[np.argsort(np.argsort(first))][inverse]
     order = np.random.Generator(np.random.Philox(key=_SPLIT_SEED)).permutation(n)
     labels = np.empty(n, dtype=np.int64)
     labels[order] = np.arange(n) * groups // n

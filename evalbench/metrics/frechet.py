@@ -7,15 +7,18 @@ m, S are mean and covariance (n - 1) of the samples, m_r, S_r those of the refer
 symmetric matrix by its eigenvalues, in float64; `scipy.linalg.sqrtm` is not used.
 
 The statistic in three numbers: the plug-in value, which is biased upwards by O(1/N); its standard error by the
-influence function; its bias by halving the sample. The reference is taken as given.
+influence function, to second order; its bias by halving the sample. The reference is taken as given. What verdicts use
+is in `unbiased.py`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+from numpy.typing import NDArray
 
 from evalbench.errors import EvalbenchError, UserError
 from evalbench.interfaces import Metric, Parts, Value
@@ -23,13 +26,14 @@ from evalbench.metrics.common import (
     Array,
     Rows,
     check_reference,
+    clusters_of,
     need_reference,
     require_samples,
     rows_of,
     split_labels,
 )
 from evalbench.registry import register
-from evalbench.stats import normal_interval
+from evalbench.stats import StandardError, corrected_standard_error, t_interval
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,11 @@ class Moments:
 
     def __add__(self, other: Moments) -> Moments:
         return Moments(self.n + other.n, self.sum + other.sum, self.outer + other.outer)
+
+    @classmethod
+    def empty(cls, dims: int) -> Moments:
+        """Those of no sample."""
+        return cls(0, np.zeros(dims), np.zeros((dims, dims)))
 
     def gaussian(self) -> Gaussian:
         """Mean and unbiased covariance; needs n >= 2."""
@@ -95,25 +104,14 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     return float(difference @ difference + np.trace(a.cov) + np.trace(b.cov) - 2 * cross)
 
 
-def transport_map(a: Gaussian, b: Gaussian) -> Array:
-    """The linear map T that carries covariance S_a to S_b: S_b^1/2 (S_b^1/2 S_a S_b^1/2)^-1/2 S_b^1/2.
-
-    With a singular S_a the inverse is the pseudo-inverse: T is then right on the range of S_a, which holds all samples.
-    """
-    eigenvalues, vectors = np.linalg.eigh(_product(a, b))
-    roots = np.sqrt(_clean(eigenvalues))
-    inverse = np.divide(1.0, roots, out=np.zeros_like(roots), where=roots > 0)
-    half = b.root @ vectors
-    carry: Array = (half * inverse) @ half.T
-    return carry
-
-
 @dataclass(frozen=True)
 class Influence:
     """First-order effect of each sample on the distance of the Gaussian fitted to them from a fixed one.
 
-    The gradient of FD is 2 (m - m_r) in the mean and I - T in the covariance, T the transport map, so a sample x adds
-    psi(x) = 2 (m - m_r).u + u'(I - T)u - tr((I - T) S), u = x - m. The standard error is sd(psi) / sqrt(n).
+    The gradient of FD is 2 (m - m_r) in the mean and I - T in the covariance, T = S_r^1/2 (S_r^1/2 S S_r^1/2)^-1/2
+    S_r^1/2 the linear map that carries S to S_r, so a sample x adds psi(x) = 2 (m - m_r).u + u'(I - T)u -
+    tr((I - T) S), u = x - m. With a singular S the inverse is the pseudo-inverse: T is then right on the range of S,
+    which holds all samples.
 
     Attributes:
         a: Gaussian of the samples. b: the fixed one.
@@ -123,8 +121,32 @@ class Influence:
     b: Gaussian
 
     @cached_property
+    def _spectrum(self) -> tuple[Array, Array]:
+        values, vectors = np.linalg.eigh(_product(self.a, self.b))
+        values = _clean(values)
+        return values[values > 0], vectors[:, values > 0]
+
+    @property
+    def eigenvalues(self) -> Array:
+        """Those of S_r^1/2 S S_r^1/2 that are not zero, lambda (r,), ascending."""
+        return self._spectrum[0]
+
+    @cached_property
+    def axes(self) -> Array:
+        """(D, r): u @ axes are the coordinates of u in which S_r^1/2 S S_r^1/2 is diag(lambda)."""
+        axes: Array = self.b.root @ self._spectrum[1]
+        return axes
+
+    @cached_property
+    def distance(self) -> float:
+        """FD of the two Gaussians."""
+        difference = self.a.mean - self.b.mean
+        traces = np.trace(self.a.cov) + np.trace(self.b.cov) - 2 * np.sqrt(self.eigenvalues).sum()
+        return float(difference @ difference + traces)
+
+    @cached_property
     def _slope(self) -> Array:
-        return np.eye(len(self.a.mean)) - transport_map(self.a, self.b)
+        return np.eye(len(self.a.mean)) - (self.axes / np.sqrt(self.eigenvalues)) @ self.axes.T
 
     def __call__(self, features: np.ndarray) -> Array:
         """psi of features (B, D), float64 (B,)."""
@@ -135,40 +157,70 @@ class Influence:
         return psi
 
 
-def half_split_bias(features: np.ndarray, whole: float, reference: Gaussian) -> float:
-    """(D_a + D_b) / 2 - D_N over two disjoint halves: as D_N = D + c/N, this estimates c/N, the bias of D_N.
+@dataclass(frozen=True)
+class Fit:
+    """Samples and two disjoint halves of them, each as a Gaussian against the same fixed one.
 
-    Args:
-        features: (N, D), N >= 4, in sample order. whole: D_N. reference: the fixed Gaussian.
+    Attributes:
+        blocks: features (B, D) in sample order, of any float dtype; kept in blocks so that no float64 copy of all is
+            made. reference: the fixed Gaussian.
+        moments: of all samples. clusters: int (N,), equal for the samples of a cluster; None for independent samples.
     """
-    labels = split_labels(len(features), 2)
-    halves = [frechet_distance(moments(features[labels == k]).gaussian(), reference) for k in (0, 1)]
-    return sum(halves) / 2 - whole
 
+    blocks: Sequence[np.ndarray]
+    reference: Gaussian
+    moments: Moments
+    clusters: np.ndarray | None = None
 
-def paired_difference(a: np.ndarray, b: np.ndarray, reference: Gaussian) -> Value:
-    """FD(a) - FD(b), the statistic of verdicts: extrapolated to N = infinity, with the paired standard error.
+    @cached_property
+    def half_of(self) -> NDArray[np.int64]:
+        """Which half a sample belongs to, 0 or 1, (N,)."""
+        return split_labels(self.moments.n, 2, self.clusters)
 
-    2 D_N - (D_a + D_b) / 2 over disjoint halves, D the difference. Neither term alone may decide: the plug-in
-    difference favours the sampler with too little variance.
+    @cached_property
+    def whole(self) -> Influence:
+        """All samples."""
+        return Influence(self.moments.gaussian(), self.reference)
 
-    Args:
-        a, b: features (N, D) of two methods; row i of both comes from the same noise.
-        reference: the fixed Gaussian.
+    @cached_property
+    def halves(self) -> tuple[Influence, Influence]:
+        """Each half."""
+        sums = [
+            sum((moments(block[of == k]) for block, of in self._split()), Moments.empty(len(self.moments.sum)))
+            for k in (0, 1)
+        ]
+        a, b = (Influence(half.gaussian(), self.reference) for half in sums)
+        return a, b
 
-    Returns:
-        The difference; negative when a is better. `bias` is what was subtracted.
-    """
-    if a.shape != b.shape:
-        raise EvalbenchError(f"paired features differ in shape: {a.shape} and {b.shape}")
-    gaussians = [moments(x).gaussian() for x in (a, b)]
-    whole = [frechet_distance(g, reference) for g in gaussians]
-    bias_a, bias_b = (half_split_bias(x, d, reference) for x, d in zip((a, b), whole, strict=True))
-    psi_a, psi_b = (Influence(g, reference)(x) for g, x in zip(gaussians, (a, b), strict=True))
-    value, bias = whole[0] - whole[1] - (bias_a - bias_b), bias_a - bias_b
-    se = float(np.std(psi_a - psi_b, ddof=1) / np.sqrt(len(a)))
-    interval = normal_interval(value, se)
-    return Value(value, len(a), se, interval.low, interval.high, bias)
+    @cached_property
+    def influence(self) -> Array:
+        """psi of each sample on the distance of all, (N,)."""
+        return np.concatenate([self.whole(block) for block in self.blocks])
+
+    @cached_property
+    def in_half(self) -> Array:
+        """psi of each sample on the distance of its half, (N,)."""
+        found = []
+        for block, of in self._split():
+            psi = np.empty(len(block))
+            for k in (0, 1):
+                psi[of == k] = self.halves[k](block[of == k])
+            found.append(psi)
+        return np.concatenate(found)
+
+    @property
+    def error(self) -> StandardError:
+        """Of the plug-in distance, corrected for the plug-in's own noise."""
+        return corrected_standard_error(self.influence, self.in_half, self.half_of, self.clusters)
+
+    @property
+    def bias(self) -> float:
+        """(D_a + D_b) / 2 - D_N: as D_N = D + c/N, this estimates c/N, the bias of D_N."""
+        return (self.halves[0].distance + self.halves[1].distance) / 2 - self.whole.distance
+
+    def _split(self) -> Sequence[tuple[np.ndarray, NDArray[np.int64]]]:
+        edges = np.cumsum([len(block) for block in self.blocks])[:-1]
+        return list(zip(self.blocks, np.split(self.half_of, edges), strict=True))
 
 
 # --- references -----------------------------------------------------------------------------------------------------
@@ -217,6 +269,7 @@ class FrechetState:
 class FrechetDistance(Metric[FrechetState]):
     """Frechet distance of features to the suite's data (plug-in value at this N)."""
 
+    version = 2  # 2: the interval to second order
     unit = "squared feature units"
 
     @property
@@ -229,7 +282,7 @@ class FrechetDistance(Metric[FrechetState]):
 
     def update(self, parts: Parts) -> FrechetState:
         features = rows_of(self.id, parts, self.arg)
-        return FrechetState(moments(features), Rows((features.astype(np.float32),)))
+        return FrechetState(moments(features), Rows((features.astype(np.float32),), clusters_of(parts)))
 
     def merge(self, a: FrechetState, b: FrechetState) -> FrechetState:
         return FrechetState(a.moments + b.moments, a.rows + b.rows)
@@ -243,17 +296,14 @@ class FrechetDistance(Metric[FrechetState]):
         for array in (target.mean, target.cov):
             check_reference(self.id, self.reference_key, array, dims)
 
-        gaussian = state.moments.gaussian()
-        value = frechet_distance(gaussian, target)
+        fit = Fit(state.rows.blocks, target, state.moments, state.rows.clusters)
+        value = fit.whole.distance
         if value < -1e-3 * max(1.0, float(np.trace(target.cov))):
             raise EvalbenchError(f"metric '{self.id}' is {value}: reference '{self.reference_key}' is not a covariance")
-        influence = Influence(gaussian, target)
-        psi = np.concatenate([influence(block) for block in state.rows.blocks])
-        se = float(np.std(psi, ddof=1) / np.sqrt(n))
-        interval = normal_interval(value, se)
-        bias = half_split_bias(np.concatenate(state.rows.blocks), value, target)
+        error = fit.error
+        interval = t_interval(value, error.se, error.df)
         note = "small N; bias-dominated" if small else "bias-dominated" if n < 10 * dims else ""
-        return Value(value, n, se, interval.low, interval.high, bias, note)
+        return Value(value, n, error.se, interval.low, interval.high, fit.bias, note)
 
 
 @register("fd_to_converged")

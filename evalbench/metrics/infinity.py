@@ -13,16 +13,16 @@ import numpy as np
 from evalbench.interfaces import Parts, Value
 from evalbench.metrics.common import check_reference, need_reference, require_samples
 from evalbench.metrics.frechet import (
+    Fit,
     FrechetDistance,
     FrechetState,
     Gaussian,
-    Influence,
     frechet_distance,
     moments,
     unpack_statistics,
 )
 from evalbench.registry import register
-from evalbench.stats import normal_interval
+from evalbench.stats import standard_error, t_interval
 
 _SIZES = 15
 _SUBSET_SEED = 20_240_609  # which samples a subset takes; part of the metric's definition
@@ -66,8 +66,10 @@ class FrechetInfinity(FrechetDistance):
         features = np.concatenate(state.rows.blocks)
         sizes = subset_sizes(n, dims)
         value, scatter = extrapolated(sizes, subset_distances(features, target, sizes))
-        psi = Influence(state.moments.gaussian(), target)(features)
-        se = float(np.hypot(np.std(psi, ddof=1) / np.sqrt(n), scatter))  # of the samples, and of the subsets
-        interval = normal_interval(value, se)
+        fit = Fit(state.rows.blocks, target, state.moments, state.rows.clusters)
+        samples = standard_error(fit.influence, fit.clusters)
+        se = float(np.hypot(samples.se, scatter))  # of the samples, and of the subsets
+        df = se**4 / (samples.se**4 / samples.df + scatter**4 / (len(sizes) - 2))  # Welch & Satterthwaite
+        interval = t_interval(value, se, df)
         note = "small N; extrapolated too far" if small else "extrapolated far" if n < 16 * dims else ""
         return Value(value, n, se, interval.low, interval.high, note=note)

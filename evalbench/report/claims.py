@@ -46,7 +46,7 @@ _METHOD = (
     "runs both arms and `evalbench claims RUN` says what a run holds of it. A changed claim loses its verdict until it "
     "is run again.",
     "Intervals are Student's t over run seeds. The bias that is taken off is the metric's own estimate: for a Frechet "
-    "distance this makes the difference the half-split extrapolation that `evalbench compare` uses; for `sw` the "
+    "distance this makes the difference the half-split extrapolation; for `sw` the "
     "jackknife. Metrics without a bias (paired errors, accuracy) enter as they are. A baseline at the floor has no "
     "value above 0 without its bias: then nothing is said, and a paired error decides better.",
     "Random prepares and searches run with three seeds of their own, crossed with the run seeds: se^2 = var(means by "

@@ -31,8 +31,15 @@ def test_bias_under_a_cyclic_label_plan():
     rng, n = np.random.default_rng(0), 400
     x = rng.standard_normal((n, 2)) + np.where(np.arange(n) % 2, 5.0, -5.0)[:, None]
     target = frechet.Gaussian(np.zeros(2), np.eye(2) + 25.0)
-    whole = frechet.frechet_distance(frechet.moments(x).gaussian(), target)
-    assert abs(frechet.half_split_bias(x, whole, target)) < 1
+    assert abs(frechet.Fit((x,), target, frechet.moments(x)).bias) < 1
+
+
+def test_clusters_are_never_cut():
+    names = np.random.default_rng(1).permutation(np.repeat(np.arange(100, 160), 5))
+    labels = split_labels(300, 2, names)
+    assert all(len(set(labels[names == name])) == 1 for name in names)
+    assert abs(labels.mean() - 0.5) < 0.02
+    assert np.array_equal(split_labels(60, 2, np.arange(60)), split_labels(60, 2))
 
 
 def test_small_n_is_refused_or_reported():

@@ -156,9 +156,8 @@ def test_the_order_of_samples_does_not_matter(metric_id):
     metric = build_metric(metric_id)
     order = np.random.default_rng(2).permutation(N)
     whole, mixed = value_of(metric, [np.arange(N)]), value_of(metric, [order[:13], order[13:]])
-    fields = (
-        ("value", "n") if metric_id.startswith(("sw", "recall", "coverage")) else ("value", "n", "se", "low", "high")
-    )
+    split = metric_id.startswith(("sw", "recall", "coverage", "fd", "kid"))  # their errors need groups or halves
+    fields = ("value", "n") if split else ("value", "n", "se", "low", "high")
     assert numbers(mixed, *fields) == pytest.approx(numbers(whole, *fields), rel=1e-9, abs=1e-10)
 
 
