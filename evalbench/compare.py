@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -37,6 +37,9 @@ from evalbench.spec import (
 from evalbench.stats import holm
 from evalbench.store import Store
 from evalbench.suite_references import check_reference_file, read_reference
+
+if TYPE_CHECKING:
+    from evalbench.report import ranking
 
 Word: TypeAlias = Literal["better", "worse", "indistinguishable", "undecided", "not comparable"]
 SameWord: TypeAlias = Literal["bit-identical", "same to rounding", "changed", "not comparable"]
@@ -446,19 +449,29 @@ class _Pair:
         Raises:
             _NotComparable: with the reason.
         """
+        route, found = self.difference(metric)
+        values = [self._value(side, r, metric) for side, r in zip(("BASE", "NEW"), self._records, strict=True)]
+        return self._effect(metric, route, values, found), self._notes(found)
+
+    def difference(self, metric: str) -> tuple[Route, Difference]:
+        """new - base of a metric, and how it was found.
+
+        Raises:
+            _NotComparable: with the reason.
+        """
         name, _, arg = metric.partition("@")
         if name not in ROUTES:
             raise _NotComparable(f"no paired statistic for '{metric}'")
         route = ROUTES[name]
         self._check_protocol(route, arg)
-        values = [self._value(side, r, metric) for side, r in zip(("BASE", "NEW"), self._records, strict=True)]
+        for side, record in zip(("BASE", "NEW"), self._records, strict=True):
+            self._value(side, record, metric)
         reference = self._reference(route.reference.format(arg)) if route.reference else {}
         base, new = (self._rows(run, record, route, arg) for run, record in zip(self.runs, self._records, strict=True))
         try:
-            found = route.compute(base, new, reference)
+            return route, route.compute(base, new, reference)
         except TooFewSamples as error:
             raise _NotComparable(str(error)) from None
-        return self._effect(metric, route, values, found), self._notes(found)
 
     def effects_of(self, metrics: Iterable[str]) -> Iterable[Effect]:
         """Effects on the metrics that have one."""
@@ -520,6 +533,36 @@ class _Pair:
     def _notes(self, found: Difference) -> tuple[str, ...]:
         classes = {record.environment.get("class") for record in self._records}
         return (*([found.note] if found.note else []), *(["other fingerprint class"] if len(classes) > 1 else []))
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """What two records of one run folder have in common sample by sample, for rankings and galleries."""
+
+    store: Store
+
+    @cached_property
+    def _run(self) -> Run:
+        return Run(self.store)
+
+    def difference(self, first: Record, second: Record, metric: str) -> ranking.Difference | None:
+        """first - second by the statistic of verdicts, see `metrics.differences`; None where there is none."""
+        from evalbench.report.ranking import Difference
+
+        try:
+            pair = _Pair((self._run, self._run), second, first, {})
+            pair.check()
+            _, found = pair.difference(metric)
+        except _NotComparable:
+            return None
+        return Difference(found.value, found.se, found.df)
+
+    def solution(self, record: Record) -> str | None:
+        """The cell id of the fine solution from the same noise; None where the suite has none."""
+        try:
+            return self._run._solution_cell(record).id
+        except _NotComparable:
+            return None
 
 
 def _same(base: Any, new: Any, where: str) -> None:

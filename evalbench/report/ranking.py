@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
-from statistics import median
+from statistics import fmean, median
 from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -29,10 +29,11 @@ MOST_PAIRS = 1000  # paired tests of a report; what comes later is ranked by the
 
 
 class Difference(NamedTuple):
-    """first - second of a metric from samples of the same noise, with its standard error."""
+    """first - second of a metric from samples of the same noise, its standard error with its degrees of freedom."""
 
     value: float
     se: float
+    df: float = math.inf
 
 
 Differences: TypeAlias = Callable[[Record, Record, str], Difference | None]
@@ -184,12 +185,13 @@ class Ranker:
     def _beats(self, rows: Sequence[Row], sign: float) -> tuple[np.ndarray, Basis]:
         """[i, j]: i is surely better than j, by Holm over all pairs."""
         loss, se, margin = self._apart(rows, sign)
+        df = np.full_like(se, math.inf)
         i, j = np.triu_indices(len(rows), 1)
         paired = [self._pair(a, b) for a, b in combinations(rows, 2)] if self._affords(len(i)) else []
         for a, b, found in zip(i, j, paired, strict=False):
             if found is not None:
-                loss[a, b], se[a, b], margin[a, b] = sign * found.value, found.se, 0.0
-        rejected = np.array(holm(_p_values(loss[i, j], se[i, j], margin[i, j])), dtype=bool)
+                loss[a, b], se[a, b], margin[a, b], df[a, b] = sign * found.value, found.se, 0.0, found.df
+        rejected = np.array(holm(_p_values(loss[i, j], se[i, j], margin[i, j], df[i, j])), dtype=bool)
         beats = np.zeros_like(loss, dtype=bool)
         beats[i, j] = rejected & (loss[i, j] < 0)
         beats[j, i] = rejected & (loss[i, j] > 0)
@@ -215,7 +217,7 @@ class Ranker:
         key = (_key(a), _key(b))
         if key not in self._paired and key[::-1] in self._paired:
             found = self._paired[key[::-1]]
-            return found and Difference(-found.value, found.se)
+            return found and found._replace(value=-found.value)
         if key not in self._paired:
             self._paired[key] = self._mean_difference(a, b)
         return self._paired[key]
@@ -230,18 +232,17 @@ class Ranker:
         known = [one for one in found if one is not None]
         if not known or len(known) < len(found):
             return None
-        return Difference(
-            sum(one.value for one in known) / len(known), math.sqrt(sum(one.se**2 for one in known)) / len(known)
-        )
+        se = math.sqrt(sum(one.se**2 for one in known)) / len(known)
+        return Difference(fmean(one.value for one in known), se, min(one.df for one in known))
 
 
-def _p_values(loss: np.ndarray, se: np.ndarray, margin: np.ndarray) -> np.ndarray:
-    """Two-sided p of "the loss is within the margin"."""
-    from scipy.special import ndtr  # slow to import
+def _p_values(loss: np.ndarray, se: np.ndarray, margin: np.ndarray, df: np.ndarray) -> np.ndarray:
+    """Two-sided p of "the loss is within the margin" by Student's t."""
+    from scipy.special import stdtr  # slow to import
 
     beyond = np.abs(loss) - margin
     with np.errstate(divide="ignore", invalid="ignore"):
-        p = 2 * ndtr(-beyond / se)
+        p = 2 * stdtr(df, -beyond / se)
     return np.where(beyond <= 0, 1.0, np.where(se == 0, 0.0, np.minimum(p, 1.0)))
 
 
