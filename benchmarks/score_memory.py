@@ -1,7 +1,7 @@
-"""What scoring more images costs in memory: anonymous memory at its peak, 20,000 images against 2,000.
+"""What scoring more images costs in memory: anonymous memory at its peak, 50,000 images against 2,000.
 
 Each size runs in a process of its own, which watches RssAnon of /proc/self/status while it scores an uncompressed npz
-of random 32 x 32 images with `fd@fashion64` and `kid@fashion64`. Linux only.
+of random 32 x 32 images with `fd` and `kid` of the tiny extractor `fashion64`. Linux only.
 
     python benchmarks/score_memory.py
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-SMALL, LARGE = 2_000, 20_000
+SMALL, LARGE = 2_000, 50_000
 GOAL = 150  # MB
 
 

@@ -101,9 +101,9 @@ def frechet_difference(base: Array, new: Array, reference: Parts, clusters: np.n
 def kernel_difference(base: Array, new: Array, reference: Parts, clusters: np.ndarray | None = None, /) -> Difference:
     """Difference of the unbiased squared MMDs to the same reference rows; a U-statistic, at any N and D.
 
-    Guarantees: exactly unbiased at every N; the error is corrected to second order (`Mmd.error`). False alarms at a stated
-    5 %: 2 to 7 %, but up to 9 % of 400 where two samplers share all noise and differ in scale alone, as the difference is
-    skew there.
+    Guarantees: exactly unbiased at every N; the error is corrected to second order (`Mmd.error`). False alarms at a
+    stated 5 %: 2 to 7 %, but up to 9 % of 400 where two samplers share all noise and differ in scale alone, as the
+    difference is skew there.
     """
     if len(base) < 4:
         raise TooFewSamples(f"N too small: {len(base)} samples; a U-statistic with its error needs 4")

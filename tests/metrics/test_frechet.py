@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 import re
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from evalbench.errors import BadSamples, EvalbenchError, UserError
 from evalbench.metrics import frechet
@@ -127,11 +131,30 @@ def test_moments_are_summed_in_float64():
     assert np.abs(float32_moments(x) - expected).max() > 1e-7
 
 
-def test_shards_give_the_same_covariance():
-    x = 3 + RNG(4).standard_normal((5000, 16))
-    whole = moments(x).gaussian()
-    shards = moments(x[:700]) + moments(x[700:701]) + moments(x[701:])
-    assert np.abs(shards.gaussian().cov - whole.cov).max() < 1e-12
+@pytest.fixture(scope="module")
+def samples():
+    """600 float32 features of full rank, and the same with 5 of 12 directions dead."""
+    full = (RNG(4).standard_normal((600, 12)) @ RNG(5).standard_normal((12, 12)) + 3).astype(np.float32)
+    basis = np.linalg.qr(RNG(6).standard_normal((12, 12)))[0]
+    flat = (RNG(7).standard_normal((600, 7)) @ basis[:7] + 1).astype(np.float32).astype(np.float64)
+    return {"full": full, "deficient": flat}
+
+
+@given(st.lists(st.integers(1, 599), max_size=12, unique=True), st.randoms(use_true_random=False))
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_split_into_shards_in_any_order_says_the_same(samples, cuts, random):
+    """1e-12 on the sums, 1e-10 on the distance of full rank, 1e-7 where it is rank-deficient."""
+    for kind, tolerance in (("full", 1e-10), ("deficient", 1e-7)):
+        x = samples[kind]
+        shards = [moments(shard) for shard in np.split(x, sorted(cuts))]
+        random.shuffle(shards)
+        merged, whole = functools.reduce(operator.add, shards), moments(x)
+        assert merged.n == whole.n
+        assert np.abs(merged.sum - whole.sum).max() <= 1e-12 * np.abs(whole.sum).max()
+        assert np.abs(merged.outer - whole.outer).max() <= 1e-12 * np.abs(whole.outer).max()
+        target = random_gaussian(8, 12, 12 if kind == "full" else 9)
+        distances = [frechet_distance(m.gaussian(), target) for m in (merged, whole)]
+        assert distances[0] == pytest.approx(distances[1], rel=tolerance)
 
 
 def test_statistics_survive_packing_also_in_float32():
@@ -147,6 +170,27 @@ def test_statistics_survive_packing_also_in_float32():
 
 
 # --- finite samples -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [640, 2048, 8192])
+def test_finite_sample_law_within_three_percent(n):
+    """d = 64, N >= 10 d, mean of 50 draws."""
+    dims = 64
+    rng, target = RNG(22), isotropic(dims)
+    values = [frechet_distance(moments(rng.standard_normal((n, dims))).gaussian(), target) for _ in range(50)]
+    assert np.mean(values) == pytest.approx(dims / n + dims * (dims + 1) / (4 * n), rel=0.03)
+
+
+@pytest.mark.slow
+def test_finite_sample_law_in_2048_dimensions_within_eight_percent():
+    """One draw, N = 10 d."""
+    dims, n, blocks = 2048, 20_480, 10
+    rng = RNG(23)
+    summed = functools.reduce(
+        operator.add, (moments(rng.standard_normal((n // blocks, dims), dtype=np.float32)) for _ in range(blocks))
+    )
+    law = dims / n + dims * (dims + 1) / (4 * n)
+    assert frechet_distance(summed.gaussian(), isotropic(dims)) == pytest.approx(law, rel=0.08)
 
 
 def repeated(dims, n, times, *, shift=0.0, sd=1.0, seed=20):
