@@ -255,6 +255,7 @@ def score(
     metrics: Annotated[str, typer.Option("--metrics", help="Metric ids: fd@fashion64,kid@fashion64.")],
     reference: Annotated[str | None, typer.Option("--reference", help="Statistics file, or images.")] = None,
     labels: Annotated[str | None, typer.Option("--labels", help="Text file, one class number per image.")] = None,
+    sizes: Annotated[str | None, typer.Option("--sizes", help="Also at these N: 1000,2000; with the 1/N line.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="One JSON object, with the protocol.")] = False,
     allow_small_n: SmallN = False,
 ) -> None:
@@ -262,7 +263,7 @@ def score(
     from evalbench.score import score_command
 
     wanted = _words(metrics, "--metrics")
-    score_command(source, reference, wanted, json_, labels=labels, allow_small_n=allow_small_n)
+    score_command(source, reference, wanted, json_, labels=labels, allow_small_n=allow_small_n, sizes=sizes)
 
 
 @references.command()

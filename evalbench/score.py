@@ -18,6 +18,7 @@ from evalbench import registry
 from evalbench.errors import UserError
 from evalbench.images_in import Images, Seen, Source, open_source, sample_batches
 from evalbench.interfaces import Extractor, Metric, Value
+from evalbench.metrics.curve import Curve, curve
 from evalbench.reference_files import Reference, is_foreign, of_images, read_reference
 
 _SHOWN = 3  # ids named in a message
@@ -41,12 +42,14 @@ class ScoreResult:
         scores: in the order the metrics were asked for. n: images.
         protocol: what makes the numbers comparable: `features` (extractor -> fingerprint), `source` and `references`
             (name, digest, facts). notes: what must stand beside every number.
+        curves: each metric over N, where sizes were asked for.
     """
 
     scores: tuple[Score, ...]
     n: int
     protocol: Mapping[str, Any]
     notes: tuple[str, ...]
+    curves: tuple[Curve, ...] = ()
 
     def __getitem__(self, metric: str) -> Value:
         """The value of a metric id."""
@@ -67,6 +70,7 @@ class ScoreResult:
             ],
             "protocol": dict(self.protocol),
             "notes": list(self.notes),
+            "curves": [dataclasses.asdict(curve) for curve in self.curves],
         }
 
 
@@ -77,6 +81,7 @@ def score_images(
     metrics: Sequence[str],
     labels: Sequence[int] | None = None,
     allow_small_n: bool = False,
+    sizes: Sequence[int] = (),
 ) -> ScoreResult:
     """Quality of images that exist already.
 
@@ -86,6 +91,7 @@ def score_images(
             no metric needs one.
         metrics: ids such as `fd@fashion64`. labels: the class of each image in order, for `accuracy`.
         allow_small_n: compute set distances below their least N, marked.
+        sizes: also compute every metric from so many of the images, with the line in 1 / N (`metrics/curve.py`).
 
     Raises:
         UserError: anything that was given is wrong; the file is named.
@@ -109,9 +115,12 @@ def score_images(
         arrays = None if found is None else found.arrays
         value = metric.compute(states[metric.id], arrays, allow_small_n=allow_small_n)
         scores.append(Score(metric.id, value, metric.unit, metric.higher_is_better))
-    return ScoreResult(
-        tuple(scores), seen.n, _protocol(opened, seen, extractors, references), _said(opened, references)
-    )
+    curves = []
+    for metric in wanted if sizes else ():
+        found = references.get(metric.reference_key)
+        curves.append(curve(metric, states[metric.id], None if found is None else found.arrays, sizes))
+    protocol, notes = _protocol(opened, seen, extractors, references), _said(opened, references)
+    return ScoreResult(tuple(scores), seen.n, protocol, notes, tuple(curves))
 
 
 def score_command(
@@ -122,17 +131,32 @@ def score_command(
     *,
     labels: str | None = None,
     allow_small_n: bool = False,
+    sizes: str | None = None,
 ) -> int:
     """`evalbench score`: print a line per metric, or one JSON object.
 
     Args:
         source, reference, metrics, allow_small_n: as `score_images`. json_out: print JSON.
-        labels: a text file with one class number per line.
+        labels: a text file with one class number per line. sizes: sample counts of the curves, `1000,2000`.
     """
-    numbers = None if labels is None else read_labels(Path(labels))
-    result = score_images(source, reference=reference, metrics=metrics, labels=numbers, allow_small_n=allow_small_n)
+    result = score_images(
+        source,
+        reference=reference,
+        metrics=metrics,
+        labels=None if labels is None else read_labels(Path(labels)),
+        allow_small_n=allow_small_n,
+        sizes=_sizes(sizes),
+    )
     print(json.dumps(result.to_json(), indent=1) if json_out else _table(result, source))
     return 0
+
+
+def _sizes(text: str | None) -> list[int]:
+    """`1000,2000` as numbers."""
+    words = [] if text is None else text.split(",")
+    if not all(word.strip().isdigit() for word in words):
+        raise UserError(f"--sizes {text}: write sample counts with commas, such as --sizes 1000,2000,5000")
+    return [int(word) for word in words]
 
 
 def read_labels(file: Path) -> list[int]:
@@ -253,6 +277,12 @@ def _said(source: Source, references: Mapping[str, Reference]) -> tuple[str, ...
     return tuple(dict.fromkeys(notes))
 
 
+def _point(value: Value) -> str:
+    """One line of a curve."""
+    interval = "" if value.low is None or value.high is None else f"  [{value.low:.4g}, {value.high:.4g}]"
+    return f"    N = {value.n:<7} {value.value:.4g}{interval}" + (f"  ({value.note})" if value.note else "")
+
+
 def _table(result: ScoreResult, source: str) -> str:
     """One line per metric: value, interval, bias, note."""
     lines = [f"{source}: {result.n} images"]
@@ -265,4 +295,7 @@ def _table(result: ScoreResult, source: str) -> str:
         if value.bias is not None:
             text += f"  bias {value.bias:+.2g}"
         lines.append(text + f"  {score.unit}" + (f"  ({value.note})" if value.note else ""))
+    for curve_ in result.curves:
+        lines.append(f"  {curve_.metric} over N: {curve_.limit:.4g} {curve_.slope:+.4g} / N through")
+        lines += [_point(value) for value in curve_.values]
     return "\n".join([*lines, *(f"note: {note}" for note in result.notes)])

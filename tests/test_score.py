@@ -469,6 +469,19 @@ def test_a_broken_reference_file_is_named(tmp_path):
 # --- commands -------------------------------------------------------------------------------------------------------
 
 
+def test_sizes_give_a_curve(sources, capsys):
+    result = score_images(sources["npz"], reference=DRAWS, metrics=["kid@fashion64"], sizes=[10, 20, N])
+    (found,) = result.curves
+    assert [value.n for value in found.values] == [10, 20, N]
+    assert found.values[-1].value == pytest.approx(result["kid@fashion64"].value, rel=1e-5)
+    score_command(str(sources["npz"]), str(DRAWS), ["kid@fashion64"], False, sizes="10,20")
+    shown = capsys.readouterr().out
+    assert "kid@fashion64 over N: " in shown
+    assert "    N = 10 " in shown
+    with pytest.raises(UserError, match="--sizes 10,x: write sample counts with commas"):
+        score_command(str(sources["npz"]), str(DRAWS), ["kid@fashion64"], False, sizes="10,x")
+
+
 def test_commands_print_what_they_found(tmp_path, capsys, sources):
     labels = tmp_path / "labels.txt"
     labels.write_text("\n".join(str(i % 10) for i in range(N)))
