@@ -38,6 +38,15 @@ def test_what_the_pandas_page_prints(tmp_path: Path) -> None:
     )
 
 
+def test_pitfalls_are_all_there_and_name_tests_that_exist() -> None:
+    page = (ROOT / "docs" / "pitfalls.md").read_text()
+    assert [int(n) for n in re.findall(r"^\| [PD](\d+) \|", page, re.MULTILINE)] == list(range(1, 34))
+    named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", page)
+    assert len(named) > 50
+    for file, test in named:
+        assert f"def {test}(" in (ROOT / file).read_text(), f"docs/pitfalls.md names {file}::{test}"
+
+
 def test_relative_links_and_pictures_exist() -> None:
     for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):

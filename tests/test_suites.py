@@ -69,7 +69,9 @@ def test_floors_stand_beside_the_value_at_the_same_n() -> None:
     floors = {(f.metric, f.what): f for f in suite.floors if f.samples == suite.sampling.samples}
     for metric in suite.metrics.names:
         if not metric.startswith("paired"):
-            assert {"floor", "blur", "jpeg"} <= {what for name, what in floors if name == metric}
+            assert {"floor", "blur", "jpeg", "duplicated"} <= {what for name, what in floors if name == metric}
     floor = floors["fd@fashion64", "floor"]
-    for spoiled in ("blur", "jpeg"):
+    for spoiled in ("blur", "jpeg", "duplicated"):
         assert floors["fd@fashion64", spoiled].value > floor.value + 5 * (floor.sd or 0.0)
+    (itself,) = (f for f in suite.floors if (f.metric, f.what) == ("fd@fashion64", "itself"))
+    assert abs(itself.value) < 1e-2 * floor.value

@@ -23,8 +23,15 @@ from evalbench.report.view import (
     floor_text,
     troubles,
 )
-from evalbench.spec import Record, Suite
+from evalbench.spec import Floor, Record, Suite
 
+# Rows under the floor: how far a metric moves for what one can see, and for copies that one cannot.
+SPOILED = {
+    "blur": "perfect, blurred by 1 pixel",
+    "jpeg": "perfect, JPEG at quality 75",
+    "duplicated": "perfect, half of them copies",
+    "itself": "the reference itself",
+}
 STATUS_WORDS = {"error": "error", "unsupported": "not supported", "ok": ""}
 
 
@@ -115,7 +122,7 @@ def _primary_cell(block: Block, metric: str, row: Row | None, best: Row | None) 
 
 
 def full_table(block: Block) -> Table:
-    """Every row with its counts and all metrics; the last row holds the floors."""
+    """Every row with its counts and all metrics; the last rows hold the floors and what spoiled samples score."""
     counts = ("NFE used", "evals", "depth", "cost", "FLOPs")
     header = ("method", "NFE", *map(block.heading, block.metrics), *counts, "status")
     rows = [
@@ -128,12 +135,17 @@ def full_table(block: Block) -> Table:
         )
         for row in block.rows
     ]
-    if block.floors:
-        floors = [block.floors.get(metric) for metric in block.metrics]
-        cells = [Shown(floor_text(f), f.value, "floor") if f else Shown("", None, "floor") for f in floors]
-        empty = Shown("", None, "floor")
-        rows.append((Shown("floor", None, "floor"), empty, *cells, *[empty] * (len(counts) + 1)))
+    spoiled = {SPOILED.get(what, what): floors for what, floors in block.spoiled.items()}
+    for name, floors in ({"floor": block.floors} | spoiled).items():
+        if floors:
+            cells = [_floor_cell(floors.get(metric)) for metric in block.metrics]
+            empty = _floor_cell(None)
+            rows.append((Shown(name, None, "floor"), empty, *cells, *[empty] * (len(counts) + 1)))
     return Table(f"All metrics and counts, {block.title}{_seeds(block)}", header, tuple(rows))
+
+
+def _floor_cell(floor: Floor | None) -> Shown:
+    return Shown("", None, "floor") if floor is None else Shown(floor_text(floor), floor.value, "floor")
 
 
 def _metric_cell(block: Block, row: Row, metric: str) -> Shown:
@@ -172,6 +184,8 @@ def general_notes(found: Sequence[Block]) -> tuple[str, ...]:
         lines.append("± is half of the 95 % interval of the value.")
     if any(block.floors for block in found):
         lines.append("Floor: what a perfect sampler scores at the same N.")
+    if any(block.spoiled for block in found):
+        lines.append("Rows under the floor: what perfect samples score at the same N once they are spoiled.")
     lines.append(
         "Bold: best value of its column, which is not a verdict; evalbench compare says whether a difference is real."
     )

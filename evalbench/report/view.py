@@ -83,6 +83,8 @@ class Block:
     Attributes:
         rows: sorted by method and NFE. samples: N. protocol: hash; facts: what was hashed.
         metrics: ids that have a value somewhere, in the suite's order. floors: by metric id, at this N.
+        spoiled: what the metrics say of perfect samples that were spoiled, at this N, and of the reference itself: by
+            what was done, then by metric id.
         marks: note -> footnote mark. tag: tells blocks apart whose guidance and N are the same.
     """
 
@@ -96,6 +98,7 @@ class Block:
     rows: tuple[Row, ...]
     metrics: tuple[str, ...]
     floors: Mapping[str, Floor]
+    spoiled: Mapping[str, Mapping[str, Floor]] = field(default_factory=dict)
     marks: Mapping[str, str] = field(default_factory=dict)
     tag: str = ""
 
@@ -326,8 +329,17 @@ def _block(members: Sequence[Record], suite: Suite, metrics: tuple[str, ...], na
         rows=rows,
         metrics=metrics,
         floors=floors,
+        spoiled=_spoiled(suite, lead.samples),
         marks={note: _mark(i) for i, note in enumerate(dict.fromkeys(notes))},
     )
+
+
+def _spoiled(suite: Suite, samples: int) -> dict[str, dict[str, Floor]]:
+    found: dict[str, dict[str, Floor]] = defaultdict(dict)
+    for floor in suite.floors:
+        if floor.what != "floor" and (floor.samples == samples or floor.what == "itself"):
+            found[floor.what][floor.metric] = floor
+    return dict(found)
 
 
 def _mark(index: int) -> str:

@@ -66,6 +66,7 @@ def test_best_knows_which_way_is_up(records: list[Record], suite: Suite) -> None
 def test_sensitivity_rows_are_no_floors(suite: Suite) -> None:
     (block,) = blocks([quality("ddim", 10, 2.0)], suite)
     assert block.floors["fd@fashion64"].value == 0.42
+    assert {what: list(found) for what, found in block.spoiled.items()} == {"blurred": ["fd@fashion64"]}
 
 
 def test_everything_without_a_value_is_listed_with_its_reason(records: list[Record]) -> None:

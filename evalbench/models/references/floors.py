@@ -1,10 +1,12 @@
 """Floors and sensitivities of a suite's metrics: what a perfect sampler scores at N samples, and a spoiled one.
 
-    python -m evalbench.models.references.floors fashion-mixture --samples 2048,4096
+    python -m evalbench.models.references.floors fashion-mixture --samples 2048,4096 [--what floor,blur,jpeg,duplicated]
+    python -m evalbench.models.references.floors fashion-mixture --what itself
 
 Exact draws of the model (other seeds than the reference's) are scored like a method's samples; mean and standard
-deviation over repeats. `blur` and `jpeg` are the same draws, spoiled: a metric that does not move for them sees
-little. Prints `[[floors]]` tables for the suite's TOML.
+deviation over repeats. `blur`, `jpeg` and `duplicated` are the same draws, spoiled: a metric that does not move for
+them sees little. `itself` scores the very draws that the reference was made of, all of them: a distance must be 0 but
+for rounding. Prints `[[floors]]` tables for the suite's TOML.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from PIL import Image, ImageFilter
 from evalbench import registry, worker
 from evalbench.interfaces import Cond, Metric, Model, SampleBatch
 from evalbench.metrics.images import to_uint8
+from evalbench.models.references import make
 from evalbench.spec import Suite, load_suite
 
 SEED = 3_000_003  # of the first repeat; the reference's own draws have another
@@ -39,18 +42,24 @@ def jpeg(image: np.ndarray) -> np.ndarray:
     return np.asarray(Image.open(stream))
 
 
-SPOILS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"floor": lambda image: image, "blur": blurred, "jpeg": jpeg}
+# What becomes of each uint8 (H, W) image.
+SPOILS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"blur": blurred, "jpeg": jpeg}
+WHAT = ("floor", *SPOILS, "duplicated", "itself")
 
 
 _extractor = lru_cache(registry.build_extractor)
 
 
 def parts(model: Model, metrics: list[Metric[object]], samples: int, seed: int, what: str) -> dict[str, np.ndarray]:
-    """What the extractors make of `samples` exact draws, spoiled or not."""
+    """What the extractors make of `samples` exact draws, spoiled or not; `duplicated` is the first half, twice."""
     labels = np.arange(samples) % model.num_classes
     x = torch.from_numpy(model.draws(labels, seed)).float()  # type: ignore[attr-defined]
+    if what == "duplicated":
+        once = np.arange(samples) % (samples // 2)
+        x, labels = x[once], labels[once]
     images = to_uint8(x).numpy()
-    images = np.stack([SPOILS[what](image[0])[None] for image in images])
+    if what in SPOILS:
+        images = np.stack([SPOILS[what](image[0])[None] for image in images])
     names = sorted({name for metric in metrics for name in metric.needs})
     blocks: dict[str, list[np.ndarray]] = {name: [] for name in names}
     for start in range(0, samples, BATCH):
@@ -78,24 +87,35 @@ def main() -> None:
     parser.add_argument("suite")
     parser.add_argument("--samples", default="2048,4096")
     parser.add_argument("--repeats", type=int, default=8)
+    parser.add_argument("--what", default="floor,blur,jpeg,duplicated", help=f"any of {', '.join(WHAT)}")
     args = parser.parse_args()
+    wanted = args.what.split(",")
+    if not set(wanted) <= set(WHAT):
+        parser.error(f"--what {args.what}: name any of {', '.join(WHAT)}")
     suite = load_suite(args.suite)
     model = registry.build_model(suite.model.loader, suite.model.options)
     model.to(torch.float32, torch.device("cpu"))
     metrics = [metric for name in suite.metrics.names if not (metric := registry.build_metric(name)).paired]
     for samples in map(int, args.samples.split(",")):
-        for what in SPOILS:
+        for what in (one for one in wanted if one != "itself"):
             rows = [
                 score(suite, metrics, parts(model, metrics, samples, SEED + repeat, what))
                 for repeat in range(args.repeats)
             ]
             for metric in metrics:
                 values = np.array([row[metric.id] for row in rows])
-                print(
-                    f'[[floors]]\nmetric = "{metric.id}"\nsamples = {samples}\nwhat = "{what}"\n'
-                    f"value = {values.mean():.4g}\nsd = {values.std(ddof=1):.2g}\n",
-                    flush=True,
-                )
+                _print(metric.id, samples, what, float(values.mean()), float(values.std(ddof=1)))
+    if "itself" in wanted:
+        own = [metric for metric in metrics if metric.reference_key in metric.needs]
+        found = score(suite, own, parts(model, own, make.SAMPLES, make.DRAWS_SEED, "itself"))
+        for metric in own:
+            _print(metric.id, make.SAMPLES, "itself", found[metric.id])
+
+
+def _print(metric: str, samples: int, what: str, value: float, sd: float | None = None) -> None:
+    """A `[[floors]]` table."""
+    lines = ["[[floors]]", f'metric = "{metric}"', f"samples = {samples}", f'what = "{what}"', f"value = {value:.4g}"]
+    print("\n".join([*lines, *([] if sd is None else [f"sd = {sd:.2g}"])]) + "\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from evalbench.paths import VPLinear
 FOLDER = Path(__file__).parent
 MODEL = "fashion-mixture"
 BATCH = 256
+SAMPLES = 20_480  # draws of a reference; a multiple of the batch
 DRAWS_SEED = 1_000_003  # of exact draws
 CONVERGED_SEED = 2_000_003  # noise of the fine solution: far from the run seeds that suites use
 FINE_METHOD, FINE_NFE, FINE_GRID = "unipc(order=3)", 64, "karras"  # those of the suite's [solution]
@@ -95,7 +96,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", choices=["draws", "converged", "images"])
     parser.add_argument("extractor")
-    parser.add_argument("--samples", type=int, default=20_480, help="a multiple of 256")
+    parser.add_argument("--samples", type=int, default=SAMPLES, help="a multiple of 256")
     parser.add_argument("--data", default=os.environ.get("EVALBENCH_DATA"), help="folder with the training idx files")
     parser.add_argument("--packed", action="store_true", help="covariance triangle in float32, no features")
     args = parser.parse_args()
