@@ -250,6 +250,19 @@ def compare(
 
 
 @app.command()
+def curve(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
+    metrics: Annotated[str | None, typer.Option("--metrics", help="Metric ids; default the suite's primary.")] = None,
+    sizes: Annotated[str | None, typer.Option("--sizes", help="N: 512,1024,2048; default N, N/2, N/4, N/8.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="One JSON object per cell.")] = False,
+) -> None:
+    """A run's metrics at several N from the same samples, with the line in 1/N, and whether the order holds."""
+    from evalbench.curves import curve_command
+
+    curve_command(run_folder, _words(metrics, "--metrics") if metrics else [], sizes, json_)
+
+
+@app.command()
 def score(
     source: Annotated[str, typer.Argument(metavar="IMAGES", help="Folder, .zip, or .npz of uint8 images.")],
     metrics: Annotated[str, typer.Option("--metrics", help="Metric ids: fd@fashion64,kid@fashion64.")],

@@ -54,7 +54,7 @@ def reduce_metrics(
             missing[metric.id] = f"the suite has no reference '{metric.reference_key}' at this guidance"
         else:
             wanted.append(metric)
-    states = _states(store, chunks, solution, wanted)
+    states = states_of(store, chunks, solution, wanted)
     values: dict[str, MetricValue] = {}
     for metric in wanted:
         reference = references(metric.reference_key) if metric.reference_key else None
@@ -66,9 +66,10 @@ def reduce_metrics(
     return values, missing
 
 
-def _states(
+def states_of(
     store: Store, chunks: Sequence[Chunk], solution: Sequence[Chunk] | None, metrics: Sequence[Metric[Any]]
 ) -> dict[str, Any]:
+    """States of a cell's metrics by id, merged in chunk order."""
     states: dict[str, Any] = {}
     for i, chunk in enumerate(chunks):
         parts: dict[str, np.ndarray] = store.read_chunk(chunk)

@@ -18,7 +18,7 @@ from evalbench import registry
 from evalbench.errors import UserError
 from evalbench.images_in import Images, Seen, Source, open_source, sample_batches
 from evalbench.interfaces import Extractor, Metric, Value
-from evalbench.metrics.curve import Curve, curve
+from evalbench.metrics.curve import Curve, curve, parse_sizes
 from evalbench.reference_files import Reference, is_foreign, of_images, read_reference
 
 _SHOWN = 3  # ids named in a message
@@ -145,18 +145,10 @@ def score_command(
         metrics=metrics,
         labels=None if labels is None else read_labels(Path(labels)),
         allow_small_n=allow_small_n,
-        sizes=_sizes(sizes),
+        sizes=parse_sizes(sizes),
     )
     print(json.dumps(result.to_json(), indent=1) if json_out else _table(result, source))
     return 0
-
-
-def _sizes(text: str | None) -> list[int]:
-    """`1000,2000` as numbers."""
-    words = [] if text is None else text.split(",")
-    if not all(word.strip().isdigit() for word in words):
-        raise UserError(f"--sizes {text}: write sample counts with commas, such as --sizes 1000,2000,5000")
-    return [int(word) for word in words]
 
 
 def read_labels(file: Path) -> list[int]:

@@ -65,6 +65,19 @@ def curve(metric: Metric[Any], state: Any, reference: Parts | None, sizes: Seque
     return Curve(metric.id, values, limit, slope)
 
 
+def halved(n: int, times: int = 3) -> list[int]:
+    """n / 2^times, ..., n / 2, n."""
+    return [n >> i for i in range(times, -1, -1)]
+
+
+def parse_sizes(text: str | None) -> list[int]:
+    """`1000,2000` as numbers; nothing for None."""
+    words = [] if text is None else text.split(",")
+    if not all(word.strip().isdigit() for word in words):
+        raise UserError(f"--sizes {text}: write sample counts with commas, such as --sizes 1000,2000,5000")
+    return [int(word) for word in words]
+
+
 def _line(values: Sequence[Value]) -> tuple[float, float]:
     weights = np.array([1.0 if not value.se else 1 / value.se for value in values])
     design = np.array([[1.0, 1 / value.n] for value in values]) * weights[:, None]
