@@ -439,12 +439,13 @@ def _finish(records: list[Record], folder: Path) -> None:
 
 
 def _write_report(folder: Path, formats: tuple[str, ...], quiet: bool = False) -> tuple[dict[str, Path], Suite, Store]:
+    from evalbench.compare import Pairs
     from evalbench.report import build_report
     from evalbench.spec import parse_suite
     from evalbench.store import Store
 
     store = Store(folder)
-    paths = build_report(store, folder / "report", formats)
+    paths = build_report(store, folder / "report", formats, Pairs(store))
     if not quiet:
         for name, path in paths.items():
             print(f"{name}: {path}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from evalbench.errors import unknown
 from evalbench.spec import Record, Suite, parse_suite
@@ -14,16 +14,31 @@ if TYPE_CHECKING:
     import pandas as pd
     from rich.console import Console
 
+    from evalbench.report.ranking import Difference
+
 FORMATS = ("md", "html", "csv")
 TABLES = ("cells", "timings", "samples")
 
 
-def build_report(store: Store, out_dir: Path, formats: Sequence[str] = FORMATS) -> dict[str, Path]:
+class Pairs(Protocol):
+    """What two records have in common sample by sample; `compare.Pairs` is one."""
+
+    def difference(self, first: Record, second: Record, metric: str, /) -> Difference | None:
+        """first - second of a metric by a paired test; None where there is none."""
+
+    def solution(self, record: Record, /) -> str | None:
+        """The cell id of the fine solution from the same noise; None where there is none."""
+
+
+def build_report(
+    store: Store, out_dir: Path, formats: Sequence[str] = FORMATS, pairs: Pairs | None = None
+) -> dict[str, Path]:
     """Write the report of a run.
 
     Args:
         store: the run. out_dir: for report.md, report.html, figures and sample grids; usually RUN/report.
         formats: which of `md`, `html`, `csv`; `csv` writes table.csv and timings.csv into the run folder itself.
+        pairs: paired tests for the ranks of report.html; without them ranks use the intervals of the values.
 
     Returns:
         The files: `table`, `timings`, `md`, `html`, and `figure:NAME`, `grid:NAME` for the pictures.
@@ -36,7 +51,7 @@ def build_report(store: Store, out_dir: Path, formats: Sequence[str] = FORMATS) 
             raise unknown("format", name, FORMATS)
     from evalbench.report import build
 
-    return build.build(store, suite_of(store), Path(out_dir), formats)
+    return build.build(store, suite_of(store), Path(out_dir), formats, pairs)
 
 
 def load(run: Path | str, table: str = "cells") -> pd.DataFrame:

@@ -70,9 +70,10 @@ def gather(
     fits: pd.DataFrame,
     figures: Sequence[Drawn],
     grids: Sequence[tuple[str, Path]],
+    found: Sequence[Block] | None = None,
 ) -> Content:
-    """Everything a report says about these records."""
-    found = blocks(records, suite)
+    """Everything a report says about these records; `found` are their blocks where they have been made already."""
+    found = blocks(records, suite) if found is None else found
     primary, latencies = suite.metrics.primary, [(r.cell.id, one) for r in records for one in r.latency]
     return Content(
         suite=suite,

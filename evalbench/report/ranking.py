@@ -152,6 +152,8 @@ class Ranker:
         if axis == "flops":
             found = row.mean_count("cost")
             return found if found is not None else row.mean_count("flops")
+        if not self._milliseconds:
+            return None
         times = [self._milliseconds[r.cell.id] for r in row.records if r.cell.id in self._milliseconds]
         return sum(times) / len(times) if times else None
 

@@ -16,6 +16,8 @@ from evalbench.report.content import gather
 from evalbench.report.drawing import draw
 from evalbench.report.figures import draw_all, front, latency_chart, line_chart
 from evalbench.report.frames import latency_fits, timings_frame
+from evalbench.report.leaderboard import board
+from evalbench.report.ranking import Ranker
 from evalbench.report.styles import REPORT
 from evalbench.report.view import blocks
 from evalbench.spec import Record
@@ -91,7 +93,8 @@ def test_wrong_answers_are_no_speed_up_and_stand_in_red() -> None:
     assert f"no valid speed-up: {doubt}" in text
     assert f"† outputs: {doubt}" in text
     timings = timings_frame(found)
-    page = html.render(gather(found, make_suite(), {}, timings, latency_fits(timings), [], []))
+    content = gather(found, make_suite(), {}, timings, latency_fits(timings), [], [])
+    page = html.render(content, board(content, Ranker("fd@fashion64"), lambda _: {}), html.Pictures())
     assert re.search(r'<td class="error"[^>]*>0\.\d+†</td>', page)
 
 
