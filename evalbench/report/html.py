@@ -7,6 +7,7 @@ file. The charts are drawn by uPlot (MIT, Leon Sorokin), which is inside the fil
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -20,7 +21,7 @@ from evalbench.report.leaderboard import Board
 from evalbench.report.samples import Apart, Slides
 from evalbench.report.tables import Shown
 
-_MANY = 40  # rows of tables that stand open; blocks beyond are folded
+_LEADING = re.compile(r"-?\d+(\.\d+)?($| ±|–\d|[†‡§¶#])")  # report.js has the same
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def render(content: Content, board: Board, pictures: Pictures) -> str:
     figures = {figure.name: figure for figure in content.figures}
     template = environment.get_template("report.html.j2")
     return template.render(
-        c=content, board=board, pictures=pictures, figures=figures, references=references, asset=_asset, many=_MANY
+        c=content, board=board, pictures=pictures, figures=figures, references=references, asset=_asset
     )
 
 
@@ -60,9 +61,10 @@ def png_uri(png: bytes) -> str:
 
 
 def sort_key(cell: Shown) -> Markup:
-    """The number that a cell sorts by as an attribute, where its text is another."""
-    key = "" if cell.key is None else f"{cell.key:.6g}"
-    return Markup("") if key in ("", cell.text) else Markup(f' data-v="{key}"')
+    """The number that a cell sorts by as an attribute, unless its text begins with it."""
+    if cell.key is None or _LEADING.match(cell.text):
+        return Markup("")
+    return Markup(f' data-v="{cell.key:.6g}"')
 
 
 def _asset(name: str) -> Markup:

@@ -242,7 +242,7 @@ def _spending(row: Row, ranker: Ranker) -> list[float | None]:
 
 def _value(row: Row, metric: str) -> list[float | None] | None:
     found = row.numbers.get(metric)
-    return None if found is None else [_short(found.value), _short(found.low, 4), _short(found.high, 4)]
+    return None if found is None else [_short(found.value), _short(found.low, 3), _short(found.high, 3)]
 
 
 def _short(value: float | None, digits: int = 5) -> float | int | None:

@@ -69,7 +69,8 @@ SORT = """
 const table = [...document.querySelectorAll("table.sortable")].find((t) => t.tHead.textContent.includes("precision"));
 const heading = [...table.tHead.rows[0].cells].find((c) => c.textContent.includes("kd@"));
 const button = heading.querySelector("button");
-const column = () => [...table.tBodies[0].rows].map((r) => r.cells[heading.cellIndex].dataset.v ?? null);
+const key = (cell) => cell.dataset.v ?? (parseFloat(cell.textContent) || null);
+const column = () => [...table.tBodies[0].rows].map((row) => key(row.cells[heading.cellIndex]));
 const result = {focusable: button.tabIndex >= 0, before: heading.getAttribute("aria-sort")};
 const cost = [...table.tHead.rows[0].cells].findIndex((c) => c.textContent.startsWith("cost"));
 const costs = [...table.tBodies[0].rows].map((r) => r.cells[cost].textContent);

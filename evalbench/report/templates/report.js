@@ -12,7 +12,8 @@
   // --- tables ---
   const keyOf = (row, column) => {
     const cell = row.cells[column];
-    const text = cell.dataset.v ?? cell.textContent.trim();
+    const own = cell.textContent.trim();
+    const text = cell.dataset.v ?? /^(-?\d+(?:\.\d+)?)(?:$| ±|–\d|[†‡§¶#])/.exec(own)?.[1] ?? own; // html.py has the same
     const number = Number(text);
     return text !== "" && Number.isFinite(number) ? number : text;
   };
