@@ -213,6 +213,17 @@ def test_a_phone_needs_no_sideways_scrolling(browser: Chrome, page: Path) -> Non
     assert js(browser, "return document.querySelector('#cost-chart canvas').clientWidth") <= 360
 
 
+def test_ranks_stand_below_their_values(browser: Chrome, page: Path) -> None:
+    look(browser, page)
+    found = js(
+        browser,
+        """return [...document.querySelectorAll("table.primary td small")].map((small) =>
+        [small.getBoundingClientRect().top, small.previousSibling.getBoundingClientRect().bottom]);""",
+    )
+    assert len(found) == 2 * 11 + 2
+    assert all(top >= bottom - 2 for top, bottom in found)
+
+
 def test_no_console_message_and_no_request(browser: Chrome, page: Path) -> None:
     look(browser, page)
     js(browser, SORT.replace("return result", ""))

@@ -201,11 +201,13 @@
       }
       ctx.font = `bold ${12 * devicePixelRatio}px system-ui, sans-serif`;
       const ends = view.shown.map((one) => ({ one, x: u.valToPos(one.points.at(-1).x, "x", true), y: u.valToPos(one.points.at(-1).y, "y", true) }));
+      ctx.textAlign = "left";
+      ctx.textBaseline = "middle";
       let lowest = -Infinity;
       for (const { one, x, y } of ends.sort((a, b) => a.y - b.y)) { // letters never on top of each other
         lowest = Math.max(y, lowest + 13 * devicePixelRatio);
         ctx.fillStyle = one.colour;
-        ctx.fillText(one.letter, x + 7 * devicePixelRatio, lowest + 4 * devicePixelRatio);
+        ctx.fillText(one.letter, x + 8 * devicePixelRatio, lowest);
       }
       ctx.restore();
     };
