@@ -172,7 +172,7 @@ def list_(
 @app.command()
 def report(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
-    format_: Annotated[str, typer.Option("--format", help="md,html,csv")] = "md,html,csv",
+    format_: Annotated[str, typer.Option("--format", help="md,html,csv,latex")] = "md,html,csv,latex",
 ) -> None:
     """Write table.csv, timings.csv and report/ (Markdown, HTML, figures, sample grids) of a run."""
     from evalbench.report import FORMATS
@@ -186,7 +186,7 @@ def report(
 
 @app.command()
 def figure(
-    name: Annotated[str, typer.Argument(help="nfe, latency, pareto, breakdown, grid, tradeoff or claims.")],
+    name: Annotated[str, typer.Argument(help="nfe, latency, pareto, breakdown, grid, rank-flip, tradeoff, claims.")],
     runs: Annotated[
         list[Path] | None, typer.Argument(metavar="RUN...", help="Run folders; of claims the ledger.")
     ] = None,
@@ -195,7 +195,7 @@ def figure(
     metric: Annotated[str, typer.Option("--metric", help="On the y axis; default: the suite's primary.")] = "",
     against: Annotated[str, typer.Option("--against", help="On the x axis of tradeoff; default: a score.")] = "",
     axis: Annotated[str, typer.Option("--axis", help="x axis of pareto: cost, flops, nfe or latency.")] = "cost",
-    nfe: Annotated[str | None, typer.Option("--nfe", help="Budgets of grid and tradeoff: 5,20.")] = None,
+    nfe: Annotated[str | None, typer.Option("--nfe", help="Budgets of grid, rank-flip and tradeoff: 5,20.")] = None,
     guidance: Annotated[str | None, typer.Option("--guidance", help="Guidance scales; default: all.")] = None,
     out: Annotated[Path, typer.Option("--out", help="Folder for NAME.pdf, NAME.png and NAME.csv.")] = Path("figures"),
 ) -> None:

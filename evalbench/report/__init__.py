@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from evalbench.report.ranking import Difference
 
-FORMATS = ("md", "html", "csv")
+FORMATS = ("md", "html", "csv", "latex")
 TABLES = ("cells", "timings", "samples")
 
 
@@ -37,11 +37,13 @@ def build_report(
 
     Args:
         store: the run. out_dir: for report.md, report.html, figures and sample grids; usually RUN/report.
-        formats: which of `md`, `html`, `csv`; `csv` writes table.csv and timings.csv into the run folder itself.
-        pairs: paired tests for the ranks of report.html; without them ranks use the intervals of the values.
+        formats: which of `md`, `html`, `latex` (report.tex), `csv`; `csv` writes table.csv and timings.csv into the run
+            folder itself.
+        pairs: paired tests for the ranks of report.html and the underlining of report.tex; without them both use the
+            intervals of the values.
 
     Returns:
-        The files: `table`, `timings`, `md`, `html`, and `figure:NAME`, `grid:NAME` for the pictures.
+        The files: `table`, `timings`, `md`, `html`, `latex`, and `figure:NAME`, `grid:NAME` for the pictures.
 
     Raises:
         UserError: an unknown format.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from evalbench.report import html, markdown
+from evalbench.report import html, latex, markdown
 from evalbench.report.bars import draw_breakdown
 from evalbench.report.content import gather
 from evalbench.report.figures import draw_all
@@ -47,19 +47,24 @@ def build(
     if "csv" in formats:
         paths["table"] = write_table(cells_frame(records, suite), store.folder / "table.csv")
         paths["timings"] = write_table(timings, store.folder / "timings.csv")
-    if not {"md", "html"} & set(formats):
+    if set(formats) <= {"csv"}:
         return paths
     out_dir.mkdir(parents=True, exist_ok=True)
+    found = blocks(records, suite)
+    primary = suite.metrics.primary
+    ranker = Ranker(primary, pairs.difference if pairs else None, milliseconds(timings))
+    if "latex" in formats:
+        paths["latex"] = write_bytes(out_dir / "report.tex", latex.render(found, primary, ranker).encode())
+    if not {"md", "html"} & set(formats):
+        return paths
     fits = latency_fits(timings)
     paths["latency fits"] = write_table(fits, out_dir / "latency-fits.csv")
-    found = blocks(records, suite)
-    figures = _figures(found, timings, suite.metrics.primary, out_dir / "figures")
+    figures = _figures(found, timings, primary, out_dir / "figures")
     grids = _grids(store, found, out_dir)
     content = gather(records, suite, store.manifest(), timings, fits, figures, grids, found)
     if "md" in formats:
         paths["md"] = write_bytes(out_dir / "report.md", markdown.render(content, out_dir).encode())
     if "html" in formats:
-        ranker = Ranker(suite.metrics.primary, pairs.difference if pairs else None, milliseconds(timings))
         leaderboard = board(content, ranker, store.per_sample)
         page = html.render(content, leaderboard, _samples(store, found, pairs))
         paths["html"] = write_bytes(out_dir / "report.html", page.encode())

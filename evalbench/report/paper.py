@@ -17,7 +17,10 @@ from evalbench.report.claims import read_ledger
 from evalbench.report.drawing import Chart
 from evalbench.report.forest import forest
 from evalbench.report.frames import timings_frame
+from evalbench.report.leaderboard import milliseconds
 from evalbench.report.protocol import protocol_words
+from evalbench.report.ranking import Ranker
+from evalbench.report.ranks import rank_flips
 from evalbench.report.strips import strips
 from evalbench.report.styles import Drawn, Sheet, paper, save
 from evalbench.report.view import Block, blocks
@@ -192,6 +195,16 @@ def _tradeoff(pool: Pool) -> Sheet:
     return figures.sheet(chart, f"{metric} against {against}, the guidance scales of a method joined; {words}.")
 
 
+def _rank_flip(pool: Pool) -> Sheet:
+    metric, found, timings = pool.primary, pool.blocks(), pool.timings()
+    timed = milliseconds(timings)
+    budgets = pool.choice.nfe or tuple(sorted({nfe for block in found for nfe in block.budgets})[-1:])
+    sheet = rank_flips(found, Ranker(metric, milliseconds=timed), budgets, _check(timings))
+    if sheet is None:
+        raise UserError(f"figure 'rank-flip': fewer than two methods have '{metric}' and counts at NFE {budgets}")
+    return sheet
+
+
 def _score(found: Sequence[Block], metric: str) -> str:
     """The first metric of samples that guidance is meant to raise: alignment, CLIP score, accuracy.
 
@@ -235,6 +248,7 @@ OF_RUNS: dict[str, Callable[[Pool], Sheet]] = {
     "pareto": _pareto,
     "breakdown": _breakdown,
     "grid": _grid,
+    "rank-flip": _rank_flip,
     "tradeoff": _tradeoff,
 }
 FIGURES = (*OF_RUNS, "claims")
