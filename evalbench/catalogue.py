@@ -6,6 +6,7 @@ import shutil
 from typing import Any
 
 from evalbench import registry
+from evalbench.interfaces import ExtractorFamily
 from evalbench.spec import load_suite, suite_names
 
 
@@ -76,10 +77,20 @@ def checkup() -> list[tuple[str, bool, str]]:
         _importable("cleanfid", "pip install clean-fid"),
         ("disk", True, f"{shutil.disk_usage('.').free / 2**30:.0f} GiB free here"),
     ]
-    for name in registry.names("extractor"):
+    for name in _extractor_names():
         reason = registry.get("extractor", name).missing()
         results.append((f"features {name}", not reason, reason or "ready"))
     return results
+
+
+def _extractor_names() -> list[str]:
+    """Every extractor, families by the members they list."""
+    found = []
+    for name in registry.names("extractor"):
+        cls = registry.get("extractor", name)
+        members = cls.members() if issubclass(cls, ExtractorFamily) else ()
+        found += [name.replace("*", member) for member in members] if name.endswith(":*") else [name]
+    return found
 
 
 def _importable(module: str, line: str) -> tuple[str, bool, str]:

@@ -269,6 +269,8 @@ def score(
     reference: Annotated[str | None, typer.Option("--reference", help="Statistics file, or images.")] = None,
     labels: Annotated[str | None, typer.Option("--labels", help="Text file, one class number per image.")] = None,
     sizes: Annotated[str | None, typer.Option("--sizes", help="Also at these N: 1000,2000; with the 1/N line.")] = None,
+    captions: Annotated[str | None, typer.Option("--captions", help="JSON object or TSV: image id, caption.")] = None,
+    baseline: Annotated[str | None, typer.Option("--baseline", help="Images of the same names to pair with.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="One JSON object, with the protocol.")] = False,
     allow_small_n: SmallN = False,
 ) -> None:
@@ -276,7 +278,17 @@ def score(
     from evalbench.score import score_command
 
     wanted = _words(metrics, "--metrics")
-    score_command(source, reference, wanted, json_, labels=labels, allow_small_n=allow_small_n, sizes=sizes)
+    score_command(
+        source,
+        reference,
+        wanted,
+        json_,
+        labels=labels,
+        captions=captions,
+        baseline=baseline,
+        allow_small_n=allow_small_n,
+        sizes=sizes,
+    )
 
 
 @references.command()
@@ -285,11 +297,12 @@ def make(
     features: Annotated[str, typer.Option("--features", help="Extractor, such as fashion64.")],
     out: Annotated[Path, typer.Option("--out", help="File to write, .safetensors.")],
     keep: Annotated[int, typer.Option("--keep", help="Features to keep, for kid, precision and recall.")] = 10_240,
+    labels: Annotated[str | None, typer.Option("--labels", help="Text file, one class number per image.")] = None,
 ) -> None:
     """Write mean, covariance and features of images, with their facts."""
     from evalbench.reference_files import make_command
 
-    make_command(source, features, out, keep)
+    make_command(source, features, out, keep, labels)
 
 
 @references.command()
@@ -309,6 +322,18 @@ def verify(
     from evalbench.reference_files import verify_command
 
     verify_command(file, source)
+
+
+@app.command()
+def weights(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME]...", help="Files to fetch; default: list.")
+    ] = None,
+) -> None:
+    """Weights of published networks: what lies where, and fetch what is named, verified by SHA-256."""
+    from evalbench.weights import command
+
+    command(names or [])
 
 
 @app.command()

@@ -13,7 +13,7 @@ import math
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,12 +61,13 @@ class Seen:
     """What a pass over a source has seen; complete when the stream has ended.
 
     Attributes:
-        n: images so far. shape: (C, H, W) of all of them.
+        n: images so far. shape: (C, H, W) of all of them. ids: of the last block.
         constant, repeated: ids of images of one grey level, and of exact copies of an earlier one.
     """
 
     n: int = 0
     shape: tuple[int, ...] = ()
+    ids: tuple[str, ...] = ()
     constant: list[str] = field(default_factory=list)
     repeated: list[str] = field(default_factory=list)
     _pixels: Any = field(default_factory=hashlib.sha256, repr=False)
@@ -143,38 +144,107 @@ def blocks(source: Source, seen: Seen, size: int) -> Iterator[Block]:
         ids.append(name)
         images.append(planes)
         if len(ids) == size:
+            seen.ids = tuple(ids)
             yield _block(ids, images)
             ids, images = [], []
     if seen.n < LEAST:
         count = "1 image" if seen.n else "no images"
         raise UserError(f"'{source.name}' holds {count}; a score needs at least {LEAST}")
     if ids:
+        seen.ids = tuple(ids)
         yield _block(ids, images)
     if source.promised and seen.digest() != source.promised:
         raise UserError(f"'{source.name}' is not what its manifest.json says: images were changed, added or removed")
 
 
-def sample_batches(source: Source, seen: Seen, labels: Sequence[int] | None = None) -> Iterator[SampleBatch]:
+def sample_batches(
+    source: Source, seen: Seen, labels: Sequence[int] | None = None, captions: Mapping[str, str] | None = None
+) -> Iterator[SampleBatch]:
     """The images of a source as extractors see finished samples; x is images / 127.5 - 1.
 
     Args:
         source: what to read. seen: is filled on the way. labels: the class of each image, in order; None without.
+        captions: the text of each image, by its id with or without the suffix; None without.
 
     Raises:
-        UserError: as `blocks`, or there are more or fewer labels than images.
+        UserError: as `blocks`, or there are more or fewer labels or captions than images.
     """
     import torch
 
-    start = 0
+    start, texts = 0, None if captions is None else _Captions(captions, source.name)
     for block in blocks(source, seen, BATCH):
         stop = start + len(block.ids)
         if labels is not None and len(labels) < stop:
             raise UserError(f"'{source.name}' holds more than {len(labels)} images, one for each label")
-        cond = Cond(None if labels is None else torch.tensor(labels[start:stop], dtype=torch.int64))
+        classes = None if labels is None else torch.tensor(labels[start:stop], dtype=torch.int64)
+        cond = Cond(classes, None if texts is None else tuple(texts.take(name) for name in block.ids))
         yield SampleBatch(block.images / 127.5 - 1.0, block.images, cond, _Images(tuple(block.images.shape[1:])))
         start = stop
     if labels is not None and len(labels) != start:
         raise UserError(f"'{source.name}' holds {start} images, but there are {len(labels)} labels")
+    if texts is not None:
+        texts.check_all_taken()
+
+
+def read_labels(file: Path) -> list[int]:
+    """Class numbers, one per line."""
+    try:
+        return [int(line) for line in file.read_text("utf-8").split()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"labels '{file}': write one whole number per line ({error})") from None
+
+
+def read_captions(file: Path) -> dict[str, str]:
+    """Captions by image id: a JSON object, or lines `id<TAB>caption`.
+
+    Raises:
+        UserError: it cannot be read, or an id stands there twice.
+    """
+    try:
+        text = file.read_text("utf-8")
+        pairs = json.loads(text, object_pairs_hook=list) if file.suffix == ".json" else _tab_separated(text)
+    except (OSError, ValueError) as error:
+        raise UserError(f"captions '{file}': {error}; write a JSON object or lines id<TAB>caption") from None
+    if not isinstance(pairs, list) or not all(isinstance(value, str) for pair in pairs for value in pair):
+        raise UserError(f"captions '{file}': write a JSON object of texts by image id")
+    captions = dict(pairs)
+    if len({stem(name) for name in captions}) != len(pairs):
+        raise UserError(f"captions '{file}': an image id stands there twice")
+    return captions
+
+
+def _tab_separated(text: str) -> list[tuple[str, str]]:
+    pairs = []
+    for number, line in enumerate(text.splitlines(), 1):
+        name, tab, caption = line.partition("\t")
+        if line.strip() and not tab:
+            raise ValueError(f"line {number} has no tab")
+        if line.strip():
+            pairs.append((name.strip(), caption.strip()))
+    return pairs
+
+
+def stem(name: str) -> str:
+    """An id without the suffix of an image file: what pairs images with captions and with each other."""
+    return name.rpartition(".")[0] if name.lower().endswith(SUFFIXES) else name
+
+
+class _Captions:
+    """Captions by id, each to be taken once."""
+
+    def __init__(self, captions: Mapping[str, str], source: str) -> None:
+        self._left = {stem(name): text for name, text in captions.items()}
+        self._source = source
+
+    def take(self, name: str) -> str:
+        if stem(name) not in self._left:
+            raise UserError(f"'{self._source}': {name} has no caption; they are matched by id, not by position")
+        return self._left.pop(stem(name))
+
+    def check_all_taken(self) -> None:
+        if self._left:
+            named = ", ".join(list(self._left)[:3]) + (", ..." if len(self._left) > 3 else "")
+            raise UserError(f"'{self._source}': {len(self._left)} captions have no image ({named}); remove them")
 
 
 class _Images(Model):

@@ -585,6 +585,30 @@ class Extractor(Registered, ABC):
         return f"{cls.name}/{cls.version}"
 
 
+class ExtractorFamily(Extractor):
+    """Extractors that share all but one word, registered as `prefix:*`; `prefix:word` is one of them.
+
+    Attributes:
+        target: the word; empty in the family itself.
+    """
+
+    target: ClassVar[str] = ""
+
+    @classmethod
+    def member(cls, target: str) -> type[ExtractorFamily]:
+        """The extractor of a word.
+
+        Raises:
+            UserError: there is none.
+        """
+        return type(cls.__name__, (cls,), {"name": cls.name.replace("*", target), "target": target})
+
+    @classmethod
+    def members(cls) -> tuple[str, ...]:
+        """Words to list; there may be more."""
+        return ()
+
+
 @dataclass(frozen=True)
 class Value:
     """A measured number with its interval.

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import numpy as np
 
 from evalbench import registry
 from evalbench.errors import EvalbenchError, UserError
-from evalbench.images_in import Images, Seen, npz_keys, open_source, sample_batches
+from evalbench.images_in import Images, Seen, npz_keys, open_source, read_labels, sample_batches
 from evalbench.interfaces import Extractor
 from evalbench.metrics.frechet import Moments, moments, unpack_statistics
 
@@ -47,20 +47,25 @@ class Reference:
 
 
 def of_images(
-    source: Images, extractor: str, *, keep: int | None = None, extract: Extractor | None = None
+    source: Images,
+    extractor: str,
+    *,
+    keep: int | None = None,
+    extract: Extractor | None = None,
+    labels: Sequence[int] | None = None,
 ) -> Reference:
     """The reference of images: moments of all, features of the first `keep` (None: of all).
 
     Args:
         source: a folder, zip, npz or iterable of images. extractor: a registered name. keep: features to keep.
-        extract: the extractor itself, where it is loaded already.
+        extract: the extractor itself, where it is loaded already. labels: the class of each image, in order.
     """
     opened, seen = open_source(source), Seen()
     extract = extract or registry.build_extractor(extractor)
     total: Moments | None = None
     kept: list[np.ndarray] = []
     room = KEPT**4 if keep is None else keep
-    for batch in sample_batches(opened, seen):
+    for batch in sample_batches(opened, seen, labels):
         features = extract(batch).cpu().numpy()
         rows = features.reshape(len(features), -1)
         if not np.isfinite(rows).all():
@@ -73,6 +78,8 @@ def of_images(
     arrays = {"mean": gaussian.mean, "cov": gaussian.cov}
     if keep != 0:
         arrays["features"] = np.concatenate(kept)
+        if labels is not None:
+            arrays["labels"] = np.array(labels[: len(arrays["features"])], dtype=np.int64)
     facts = {
         "source": opened.kind,
         "n": str(seen.n),
@@ -93,7 +100,9 @@ def _notes(notes: tuple[str, ...], seen: Seen) -> tuple[str, ...]:
 # --- files ----------------------------------------------------------------------------------------------------------
 
 
-def make_reference(source: Images, extractor: str, out: Path, *, keep: int = KEPT) -> dict[str, Any]:
+def make_reference(
+    source: Images, extractor: str, out: Path, *, keep: int = KEPT, labels: Sequence[int] | None = None
+) -> dict[str, Any]:
     """Write the reference statistics of images to a safetensors file.
 
     Returns:
@@ -107,7 +116,7 @@ def make_reference(source: Images, extractor: str, out: Path, *, keep: int = KEP
         raise UserError(f"--keep {keep}: give the number of features to keep, 0 for none")
     if not out.parent.is_dir():
         raise UserError(f"folder '{out.parent}' not found; create it first")
-    made = of_images(source, extractor, keep=keep)
+    made = of_images(source, extractor, keep=keep, labels=labels)
     arrays = {name: np.ascontiguousarray(array) for name, array in made.arrays.items()}
     facts = {**made.facts, "arrays_sha256": arrays_digest(arrays)}
     content = save(arrays, metadata={"facts": json.dumps(facts)})  # one key: several come in no fixed order
@@ -218,9 +227,10 @@ def _wrong_moments(arrays: Mapping[str, np.ndarray]) -> list[str]:
 # --- commands -------------------------------------------------------------------------------------------------------
 
 
-def make_command(source: str, extractor: str, out: Path, keep: int = KEPT) -> int:
+def make_command(source: str, extractor: str, out: Path, keep: int = KEPT, labels: str | None = None) -> int:
     """`evalbench reference make`: write the file, print its facts."""
-    print(json.dumps(make_reference(source, extractor, out, keep=keep), indent=1))
+    classes = None if labels is None else read_labels(Path(labels))
+    print(json.dumps(make_reference(source, extractor, out, keep=keep, labels=classes), indent=1))
     return 0
 
 

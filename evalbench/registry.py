@@ -17,7 +17,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
@@ -29,6 +29,7 @@ from evalbench.errors import UserError, unknown
 from evalbench.interfaces import (
     Artifact,
     Extractor,
+    ExtractorFamily,
     Method,
     Metric,
     Model,
@@ -83,7 +84,7 @@ def names(kind: str) -> list[str]:
 
 
 def get(kind: str, name: str) -> type[Registered]:
-    """The class registered under a name, or the family class for `prefix:rest`.
+    """The class registered under a name, or for `prefix:rest` the family class (of extractors: the member).
 
     Raises:
         UserError: nobody registered it; names the nearest.
@@ -92,10 +93,16 @@ def get(kind: str, name: str) -> type[Registered]:
     parts = _parts[kind]
     if name in parts:
         return parts[name]
-    prefix, colon, _ = name.partition(":")
+    prefix, colon, target = name.partition(":")
     if colon and f"{prefix}:*" in parts:
-        return parts[f"{prefix}:*"]
+        family = parts[f"{prefix}:*"]
+        return _member(family, target) if issubclass(family, ExtractorFamily) else family
     raise unknown(kind, name, parts)
+
+
+@cache
+def _member(family: type[ExtractorFamily], target: str) -> type[Registered]:
+    return family.member(target)
 
 
 def _load(kind: str) -> None:

@@ -16,10 +16,13 @@ import numpy as np
 
 from evalbench import registry
 from evalbench.errors import UserError
-from evalbench.images_in import Images, Seen, Source, open_source, sample_batches
+from evalbench.images_in import Images, Seen, Source, open_source, read_captions, read_labels, sample_batches, stem
 from evalbench.interfaces import Extractor, Metric, Value
 from evalbench.metrics.curve import Curve, curve, parse_sizes
+from evalbench.metrics.differences import mean_difference
+from evalbench.metrics.persample import PerSampleScore
 from evalbench.reference_files import Reference, is_foreign, of_images, read_reference
+from evalbench.stats import wilson_interval
 
 _SHOWN = 3  # ids named in a message
 
@@ -35,6 +38,19 @@ class Score:
 
 
 @dataclass(frozen=True)
+class PairedScore:
+    """A per-sample score against that of the baseline, image by image.
+
+    Attributes:
+        difference: mean of images minus baseline. win_rate: share of pairs in which the image is better, ties as half.
+    """
+
+    metric: str
+    difference: Value
+    win_rate: Value
+
+
+@dataclass(frozen=True)
 class ScoreResult:
     """Scores of one set of images.
 
@@ -43,6 +59,7 @@ class ScoreResult:
         protocol: what makes the numbers comparable: `features` (extractor -> fingerprint), `source` and `references`
             (name, digest, facts). notes: what must stand beside every number.
         curves: each metric over N, where sizes were asked for.
+        pairs: per-sample scores against a baseline; empty without one.
     """
 
     scores: tuple[Score, ...]
@@ -50,6 +67,7 @@ class ScoreResult:
     protocol: Mapping[str, Any]
     notes: tuple[str, ...]
     curves: tuple[Curve, ...] = ()
+    pairs: tuple[PairedScore, ...] = ()
 
     def __getitem__(self, metric: str) -> Value:
         """The value of a metric id."""
@@ -68,6 +86,7 @@ class ScoreResult:
                 }
                 for score in self.scores
             ],
+            "pairs": [dataclasses.asdict(pair) for pair in self.pairs],
             "protocol": dict(self.protocol),
             "notes": list(self.notes),
             "curves": [dataclasses.asdict(curve) for curve in self.curves],
@@ -80,6 +99,8 @@ def score_images(
     reference: Images | None,
     metrics: Sequence[str],
     labels: Sequence[int] | None = None,
+    captions: Mapping[str, str] | None = None,
+    baseline: Images | None = None,
     allow_small_n: bool = False,
     sizes: Sequence[int] = (),
 ) -> ScoreResult:
@@ -90,25 +111,33 @@ def score_images(
         reference: statistics (.safetensors of evalbench, .npz with mu and sigma), or images as `source`; None where
             no metric needs one.
         metrics: ids such as `fd@fashion64`. labels: the class of each image in order, for `accuracy`.
+        captions: the text of each image by its id, for `clip` and rewards.
+        baseline: images of the same ids as `source`, for `psnr`, `ssim`, `lpips` and paired differences of scores.
         allow_small_n: compute set distances below their least N, marked.
         sizes: also compute every metric from so many of the images, with the line in 1 / N (`metrics/curve.py`).
 
     Raises:
         UserError: anything that was given is wrong; the file is named.
     """
-    wanted = _build(metrics, labels is not None)
+    beside = {"labels": labels, "captions": captions, "baseline": baseline}
+    wanted = _build(metrics, {name for name, given in beside.items() if given is not None})
     opened, seen = open_source(source), Seen()
     extractors = {name: registry.build_extractor(name) for metric in wanted for name in metric.needs}
     references = _references(reference, wanted, extractors)
+    compared = None if baseline is None else _Baseline(baseline, wanted, extractors, labels, captions)
     states: dict[str, Any] = {}
-    for batch in sample_batches(opened, seen, labels):
+    for batch in sample_batches(opened, seen, labels, captions):
         parts = {name: extract(batch).cpu().numpy() for name, extract in extractors.items()}
         if not states:
             _check_dimensions(references, parts)
+        if compared is not None:
+            parts |= compared.next(seen, parts)
         for metric in wanted:
             state = metric.update(parts)
             states[metric.id] = metric.merge(states[metric.id], state) if metric.id in states else state
     _check(opened, seen)
+    if compared is not None:
+        compared.check_ended()
     scores = []
     for metric in wanted:
         found = references.get(metric.reference_key)
@@ -119,8 +148,14 @@ def score_images(
     for metric in wanted if sizes else ():
         found = references.get(metric.reference_key)
         curves.append(curve(metric, states[metric.id], None if found is None else found.arrays, sizes))
-    protocol, notes = _protocol(opened, seen, extractors, references), _said(opened, references)
-    return ScoreResult(tuple(scores), seen.n, protocol, notes, tuple(curves))
+    return ScoreResult(
+        tuple(scores),
+        seen.n,
+        _protocol(opened, seen, extractors, references, compared),
+        _said(opened, references),
+        tuple(curves),
+        () if compared is None else compared.pairs(),
+    )
 
 
 def score_command(
@@ -130,20 +165,25 @@ def score_command(
     json_out: bool,
     *,
     labels: str | None = None,
+    captions: str | None = None,
+    baseline: str | None = None,
     allow_small_n: bool = False,
     sizes: str | None = None,
 ) -> int:
     """`evalbench score`: print a line per metric, or one JSON object.
 
     Args:
-        source, reference, metrics, allow_small_n: as `score_images`. json_out: print JSON.
-        labels: a text file with one class number per line. sizes: sample counts of the curves, `1000,2000`.
+        source, reference, metrics, baseline, allow_small_n: as `score_images`. json_out: print JSON.
+        labels: a text file with one class number per line. captions: a JSON object, or lines id<TAB>caption.
+        sizes: sample counts of the curves, `1000,2000`.
     """
     result = score_images(
         source,
         reference=reference,
         metrics=metrics,
         labels=None if labels is None else read_labels(Path(labels)),
+        captions=None if captions is None else read_captions(Path(captions)),
+        baseline=baseline,
         allow_small_n=allow_small_n,
         sizes=parse_sizes(sizes),
     )
@@ -151,28 +191,81 @@ def score_command(
     return 0
 
 
-def read_labels(file: Path) -> list[int]:
-    """Class numbers, one per line."""
-    try:
-        return [int(line) for line in file.read_text("utf-8").split()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"labels '{file}': write one whole number per line ({error})") from None
+class _Baseline:
+    """The images that scores are compared with, read in step with the scored ones and paired by id."""
+
+    def __init__(
+        self,
+        images: Images,
+        metrics: Sequence[Metric[Any]],
+        extractors: Mapping[str, Extractor],
+        labels: Sequence[int] | None,
+        captions: Mapping[str, str] | None,
+    ) -> None:
+        self._source, self._seen, self._extractors = open_source(images), Seen(), extractors
+        self._batches = sample_batches(self._source, self._seen, labels, captions)
+        self._single = [metric for metric in metrics if isinstance(metric, PerSampleScore)]
+        self._paired = sorted({name for metric in metrics if metric.paired for name in metric.needs})
+        self._better = {metric.id: metric.higher_is_better for metric in metrics}
+        self._scores: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {metric.id: [] for metric in metrics}
+
+    def next(self, seen: Seen, parts: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Arrays `paired:NAME` of the images that pair with those last seen, whose arrays are `parts`."""
+        batch = next(self._batches, None)
+        if batch is None or [stem(name) for name in self._seen.ids] != [stem(name) for name in seen.ids]:
+            ours = {stem(name) for name in seen.ids} ^ {stem(name) for name in self._seen.ids}
+            named = ", ".join(sorted(ours)[:_SHOWN]) or "none is left"
+            raise UserError(
+                f"'{self._source.name}' does not pair with the images: {named}; pairs are matched by id, so give "
+                "as many images of the same names"
+            )
+        theirs = {name: extract(batch).cpu().numpy() for name, extract in self._extractors.items()}
+        for metric in self._single:
+            self._scores[metric.id].append((metric.per_sample(theirs), metric.per_sample(parts)))
+        return {f"paired:{name}": theirs[name] for name in self._paired}
+
+    def check_ended(self) -> None:
+        """Raise UserError where the baseline has more images."""
+        if next(self._batches, None) is not None:
+            raise UserError(f"'{self._source.name}' holds more images than are scored; give as many of the same names")
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """For the protocol."""
+        return {"name": self._source.name, "n": self._seen.n, "pixels_sha256": self._seen.digest()}
+
+    def pairs(self) -> tuple[PairedScore, ...]:
+        """Difference and win rate of every per-sample score."""
+        return tuple(self._pair(metric.id) for metric in self._single)
+
+    def _pair(self, metric: str) -> PairedScore:
+        base, new = (np.concatenate(blocks) for blocks in zip(*self._scores[metric], strict=True))
+        found = mean_difference(base, new, {})
+        gain = new - base if self._better[metric] else base - new
+        wins = float((gain > 0).mean() + (gain == 0).mean() / 2)
+        interval = wilson_interval(wins * len(gain), len(gain))
+        return PairedScore(
+            metric,
+            Value(found.value, found.n, found.se, found.interval.low, found.interval.high),
+            Value(wins, len(gain), float(np.sqrt(wins * (1 - wins) / len(gain))), interval.low, interval.high),
+        )
 
 
 # --- parts ----------------------------------------------------------------------------------------------------------
 
 
-def _build(metrics: Sequence[str], labelled: bool) -> list[Metric[Any]]:
-    """The metrics, each of which images alone can answer."""
+def _build(metrics: Sequence[str], given: set[str]) -> list[Metric[Any]]:
+    """The metrics, each of which images can answer with what was given beside them: labels, captions, baseline."""
     if not metrics:
         raise UserError("no metric was asked for; name one, such as --metrics fd@fashion64")
     if len(set(metrics)) != len(metrics):
         raise UserError(f"a metric is asked for twice: {', '.join(metrics)}")
     wanted = [registry.build_metric(metric_id) for metric_id in metrics]
     for metric in wanted:
-        if metric.paired:
+        if metric.paired and "baseline" not in given:
             raise UserError(
-                f"metric '{metric.id}' compares with a fine solution from the same noise; use `evalbench run`"
+                f"metric '{metric.id}' compares pairs; give --baseline IMAGES of the same names, or for a fine "
+                "solution from the same noise use `evalbench run`"
             )
         if metric.reference_key not in ("", *metric.needs):
             raise UserError(f"metric '{metric.id}' needs a reference of the model itself; use `evalbench run`")
@@ -181,12 +274,9 @@ def _build(metrics: Sequence[str], labelled: bool) -> list[Metric[Any]]:
             if extractor.missing():
                 raise UserError(extractor.missing())
             needs = set(extractor.needs) if issubclass(extractor, Extractor) else set()
-            if "captions" in needs:
-                raise UserError(
-                    f"metric '{metric.id}' needs captions, which `score` does not read; use `evalbench run`"
-                )
-            if "labels" in needs and not labelled:
-                raise UserError(f"metric '{metric.id}' needs the class of each image; give --labels FILE")
+            for what, words in (("captions", "the caption of each image"), ("labels", "the class of each image")):
+                if what in needs and what not in given:
+                    raise UserError(f"metric '{metric.id}' needs {words}; give --{what} FILE")
     return wanted
 
 
@@ -245,9 +335,14 @@ def _check(source: Source, seen: Seen) -> None:
 
 
 def _protocol(
-    source: Source, seen: Seen, extractors: Mapping[str, Extractor], references: Mapping[str, Reference]
+    source: Source,
+    seen: Seen,
+    extractors: Mapping[str, Extractor],
+    references: Mapping[str, Reference],
+    baseline: _Baseline | None,
 ) -> dict[str, Any]:
-    return {
+    compared = {} if baseline is None else {"baseline": baseline.facts}
+    return compared | {
         "features": {name: extract.fingerprint() for name, extract in extractors.items()},
         "source": {
             "name": source.name,
@@ -281,13 +376,20 @@ def _table(result: ScoreResult, source: str) -> str:
     width = max(len(score.metric) for score in result.scores)
     for score in result.scores:
         value, arrow = score.value, "↑" if score.higher_is_better else "↓"
-        text = f"  {score.metric:<{width}} {arrow} {value.value:.4g}"
-        if value.low is not None and value.high is not None:
-            text += f"  [{value.low:.4g}, {value.high:.4g}]"
+        text = f"  {score.metric:<{width}} {arrow} {_with_interval(value)}"
         if value.bias is not None:
             text += f"  bias {value.bias:+.2g}"
         lines.append(text + f"  {score.unit}" + (f"  ({value.note})" if value.note else ""))
     for curve_ in result.curves:
         lines.append(f"  {curve_.metric} over N: {curve_.limit:.4g} {curve_.slope:+.4g} / N through")
         lines += [_point(value) for value in curve_.values]
+    for pair in result.pairs:
+        lines.append(
+            f"  {pair.metric} - baseline: {_with_interval(pair.difference)}, wins {_with_interval(pair.win_rate)}"
+        )
     return "\n".join([*lines, *(f"note: {note}" for note in result.notes)])
+
+
+def _with_interval(value: Value) -> str:
+    interval = f"  [{value.low:.4g}, {value.high:.4g}]" if value.low is not None and value.high is not None else ""
+    return f"{value.value:.4g}{interval}"

@@ -33,6 +33,8 @@ ARROWS: dict[str, set[str]] = {
     "cost.ratio": {"stats"},
     "cost.speedup": {"cost.ratio"},
     "models.nets": {"errors"},
+    "models.inception": {"errors"},
+    "weights": {"errors"},
     "interfaces": {"paths", "noise"},
     "predictions": {"interfaces"},
     "registry": {"interfaces"},
@@ -41,7 +43,7 @@ ARROWS: dict[str, set[str]] = {
     "cost": {"denoiser", "stats", "environment", "cost.speedup"},
     "models": {"registry", "denoiser", "models.nets"},
     "models.references": {"worker", "models.nets"},  # scripts that make what suites refer to; nothing imports them
-    "metrics": {"registry", "stats", "models.nets"},
+    "metrics": {"registry", "stats", "weights", "models.nets", "models.inception"},
     "images_in": {"interfaces"},
     "reference_files": {"metrics", "images_in"},
     "score": {"reference_files"},
@@ -69,6 +71,7 @@ LEAVES = {
     "cost.ratio",
     "cost.speedup",
     "models.nets",
+    "models.inception",
     "models.references",
 }
 # The command line chooses the executor and hands it to the runner; it computes nothing itself.

@@ -321,9 +321,9 @@ def test_poisoned_images_are_named(tmp_path):
     [
         ([], "no metric was asked for"),
         (["kid@fashion64"] * 2, "a metric is asked for twice"),
-        (["paired-rms@pixels"], r"'paired-rms@pixels' compares with a fine solution .* use `evalbench run`"),
+        (["paired-rms@pixels"], r"'paired-rms@pixels' compares pairs; give --baseline .* use `evalbench run`"),
         (["fd_to_converged@fashion64"], "needs a reference of the model itself"),
-        (["align@tiny-fashion"], "needs captions"),
+        (["align@tiny-fashion"], "needs the caption of each image; give --captions FILE"),
         (["accuracy@fashion-classifier"], "needs the class of each image; give --labels FILE"),
         (["fd@inception"], "unknown extractor 'inception'"),
         (["fd@fashion64"], r"needs at least 128 samples \(2 x 64 dimensions\), got 40"),

@@ -102,16 +102,37 @@ def exact_float32(device: torch.device) -> Iterator[None]:
         matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = before
 
 
-def in_batches(network: Callable[[torch.Tensor], torch.Tensor], inputs: torch.Tensor) -> torch.Tensor:
-    """network(inputs), row by row, on batches of exactly `BATCH` rows; a short one is filled with its last row."""
+def in_batches(
+    network: Callable[[torch.Tensor], torch.Tensor], inputs: torch.Tensor, size: int = BATCH
+) -> torch.Tensor:
+    """network(inputs), row by row, on batches of exactly `size` rows; a short one is filled with its last row."""
     import torch
 
     outputs = []
     with exact_float32(inputs.device):
-        for rows in torch.split(inputs, BATCH):
-            filling = rows[-1:].expand(BATCH - len(rows), *rows.shape[1:])
+        for rows in torch.split(inputs, size):
+            filling = rows[-1:].expand(size - len(rows), *rows.shape[1:])
             outputs.append(network(torch.cat([rows, filling]))[: len(rows)])
     return torch.cat(outputs)
+
+
+def images_of(batch: SampleBatch, name: str) -> torch.Tensor:
+    """The uint8 images (B, C, H, W) of a batch, for the extractor of a name.
+
+    Raises:
+        UserError: the model makes no images.
+    """
+    if batch.images is None:
+        raise UserError(
+            f"features '{name}' need images, and model '{batch.model.name}' makes none; "
+            "leave metrics that need them out of --metrics"
+        )
+    return batch.images
+
+
+def colour(images: torch.Tensor) -> torch.Tensor:
+    """Images (B, 1 or 3, H, W) with three channels; grey ones are repeated, as opening them in RGB does."""
+    return images.expand(-1, 3, -1, -1)
 
 
 class _NetworkExtractor(Extractor):
@@ -140,12 +161,7 @@ class _NetworkExtractor(Extractor):
 
     def images(self, batch: SampleBatch) -> torch.Tensor:
         """The uint8 images (B, C, H, W) of a batch."""
-        if batch.images is None:
-            raise UserError(
-                f"features '{self.name}' need images, and model '{batch.model.name}' makes none; "
-                "leave metrics that need them out of --metrics"
-            )
-        return batch.images
+        return images_of(batch, self.name)
 
 
 @register("fashion64")

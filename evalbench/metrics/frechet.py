@@ -97,10 +97,20 @@ def _product(a: Gaussian, b: Gaussian) -> Array:
     return (product + product.T) / 2
 
 
+def _eigenvalues(a: Gaussian, b: Gaussian) -> Array:
+    """Eigenvalues of S_a S_b, through the Cholesky factor of S_b or, where that is singular, its symmetric root."""
+    from scipy.linalg import LinAlgError, eigh  # slow to import; the names of metrics are listed without it
+
+    try:
+        return np.asarray(eigh(a.cov, b.cov, type=2, eigvals_only=True), dtype=np.float64)
+    except LinAlgError:
+        return np.asarray(np.linalg.eigvalsh(_product(a, b)), dtype=np.float64)
+
+
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
-    """Squared 2-Wasserstein distance of two Gaussians. Only `b.root` is computed, once per object."""
+    """Squared 2-Wasserstein distance of two Gaussians."""
     difference = a.mean - b.mean
-    cross = np.sqrt(_clean(np.linalg.eigvalsh(_product(a, b)))).sum()
+    cross = np.sqrt(_clean(_eigenvalues(a, b))).sum()
     return float(difference @ difference + np.trace(a.cov) + np.trace(b.cov) - 2 * cross)
 
 

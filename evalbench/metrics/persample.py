@@ -10,7 +10,7 @@ import numpy as np
 
 from evalbench.errors import EvalbenchError
 from evalbench.interfaces import Metric, Parts, Value
-from evalbench.metrics.common import Rows, require_samples, rows_of, scores_of
+from evalbench.metrics.common import Array, Rows, require_samples, rows_of, scores_of
 from evalbench.registry import register
 from evalbench.stats import Z95, Interval, normal_interval, quantile_interval, wilson_interval
 
@@ -24,7 +24,15 @@ class Sums:
     squares: float
 
 
-class MeanScore(Metric[Sums]):
+class PerSampleScore:
+    """Mark of metrics that are a mean of one number per sample, which can be compared pair by pair."""
+
+    @abstractmethod
+    def per_sample(self, parts: Parts) -> Array:
+        """The number of each sample, float64 (B,)."""
+
+
+class MeanScore(PerSampleScore, Metric[Sums]):
     """Mean of a per-sample score with its standard error sd / sqrt(n)."""
 
     higher_is_better = True
@@ -34,8 +42,11 @@ class MeanScore(Metric[Sums]):
         return (self.arg,)
 
     def update(self, parts: Parts) -> Sums:
-        scores = scores_of(self.id, parts, self.arg)
+        scores = self.per_sample(parts)
         return Sums(len(scores), float(scores.sum()), float(scores @ scores))
+
+    def per_sample(self, parts: Parts) -> Array:
+        return scores_of(self.id, parts, self.arg)
 
     def merge(self, a: Sums, b: Sums) -> Sums:
         return Sums(a.n + b.n, a.total + b.total, a.squares + b.squares)

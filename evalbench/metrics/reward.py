@@ -1,8 +1,8 @@
 """Rewards of samples: those that methods may optimise, and held-out ones that rank them.
 
 A method that optimised a score is never ranked by it (design, section 6). A reward that the denoiser gives to methods
-is called `reward-NAME` here, and its value says so beside the number; one that only metrics see is `reward-held-out`,
-and is what a suite takes for its primary metric.
+is called `reward-target` here, and its value says so beside the number; one that only metrics see is `reward-held-out`,
+and is what a suite takes for its primary metric. Published rewards stand in `preferences.py`.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 from evalbench.errors import EvalbenchError, Unsupported, UserError
 from evalbench.interfaces import Extractor, Parts, SampleBatch, Value
-from evalbench.metrics.common import scores_of
+from evalbench.metrics.common import Array
 from evalbench.metrics.persample import MeanScore, Sums
 from evalbench.registry import register
 
 if TYPE_CHECKING:
     import torch
 
-HELD_OUT = "reward-held-out"
+TARGET, HELD_OUT = "reward-target", "reward-held-out"
 SEEN = "methods may have optimised it: it ranks no method that did"
 
 
@@ -27,7 +27,7 @@ class _HeldOut(Protocol):
     def held_out(self, x0: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor: ...
 
 
-@register("reward-target")
+@register(TARGET)
 class TargetReward(Extractor):
     """The model's reward `target` of each sample, float64 (B,): what searches at sampling time optimise."""
 
@@ -66,7 +66,7 @@ class RewardScore(MeanScore):
 
     def compute(self, state: Sums, reference: Parts | None, *, allow_small_n: bool = False) -> Value:
         value = super().compute(state, reference, allow_small_n=allow_small_n)
-        return value if self.arg == HELD_OUT else replace(value, note=SEEN)
+        return replace(value, note=SEEN) if self.arg == TARGET else value
 
 
 @register("reward")
@@ -84,8 +84,8 @@ class Shortfall(RewardScore):
     higher_is_better = False
     unit = "below the highest reward"
 
-    def update(self, parts: Parts) -> Sums:
-        scores = scores_of(self.id, parts, self.arg)
-        if (scores > 0).any():
-            raise EvalbenchError(f"metric '{self.id}': a reward of {scores.max():.3g}; it needs rewards of at most 0")
-        return super().update({self.arg: -scores})
+    def per_sample(self, parts: Parts) -> Array:
+        rewards = super().per_sample(parts)
+        if (rewards > 0).any():
+            raise EvalbenchError(f"metric '{self.id}': a reward of {rewards.max():.3g}; it needs rewards of at most 0")
+        return -rewards
