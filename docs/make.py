@@ -3,6 +3,7 @@
     python docs/make.py lists                 docs/methods.md and docs/suites.md from the registry
     python docs/make.py claims                docs/claims.md and the README's table from results/claims.json
     python docs/make.py pictures RUN          docs/images/ from a run folder (`make quickstart` leaves one)
+    python docs/make.py gallery RUN           docs/images/gallery/ from a run of images with guidance scales and latencies
     python docs/make.py pandas                docs/pandas.md: its blocks are run, what they print stands below them
 
 tests/test_docs.py fails when the lists or what docs/pandas.md prints are not current.
@@ -79,11 +80,27 @@ def run_page(text: str) -> str:
         return re.sub(r"```python\n(?P<code>.*?)```\n\n```text\n.*?```\n", run_block, text, flags=re.DOTALL)
 
 
+def draw_gallery(run: Path) -> None:
+    """Every figure of `evalbench figure` at a column of ICML, for the README; of what is drawn the PNG is kept."""
+    from evalbench.report.paper import FIGURES, Choice, figure
+
+    target = DOCS / "images" / "gallery"
+    target.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for name in FIGURES:
+            # one guidance scale, but where scales are what is shown
+            choice = Choice() if name == "tradeoff" else Choice(guidance=(1.0,))
+            wide = "text" if name in ("claims", "grid") else "column"
+            runs = [DOCS.parent / "results" / "claims.json"] if name == "claims" else [run]
+            drawn = figure(name, runs, folder, style="icml", width=wide, choice=choice)
+            shutil.copyfile(drawn.png, target / f"{name}.png")
+
+
 def main() -> None:
     """Write what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["lists", "claims", "pictures", "pandas"])
-    parser.add_argument("run", nargs="?", type=Path, help="run folder, for pictures")
+    parser.add_argument("what", choices=["lists", "claims", "pictures", "gallery", "pandas"])
+    parser.add_argument("run", nargs="?", type=Path, help="run folder, for pictures and gallery")
     parser.add_argument("--to", type=Path, default=DOCS, help="where the lists and the page go")
     args = parser.parse_args()
     if args.what == "claims":
@@ -98,7 +115,10 @@ def main() -> None:
             (args.to / name).write_text(page(), encoding="utf-8")
         return
     if args.run is None:
-        parser.error("pictures needs a run folder")
+        parser.error(f"{args.what} needs a run folder")
+    if args.what == "gallery":
+        draw_gallery(args.run)
+        return
     for source, target in PICTURES.items():
         shutil.copyfile(args.run / "report" / "figures" / source, DOCS / "images" / target)
 
