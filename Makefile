@@ -1,5 +1,5 @@
 # A fresh machine needs Python >= 3.11 and make; everything else goes into $(VENV).
-#   make quickstart | test | test-slow | lint | claims | bench | clean
+#   make quickstart | test | test-slow | chaos | lint | claims | bench | clean
 #   ARGS   is passed on:  make test ARGS='-k ddim -n 0'
 #   VENV   names the environment, PYTHON the interpreter that creates it.
 
@@ -12,12 +12,13 @@ PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile
 STAMP  = $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow lint format claims bench clean
+.PHONY: help install quickstart test test-slow chaos lint format claims bench clean
 
 help:
 	@echo 'make quickstart   the main job on the embedded models: table, figure, HTML'
 	@echo 'make test         the tests without the slow, gpu and network ones'
 	@echo 'make test-slow    the slow tests'
+	@echo 'make chaos        kill, fill and damage: 20 faults of each kind; TIMES=n'
 	@echo 'make lint         ruff and mypy'
 	@echo 'make format       let ruff fix and format'
 	@echo 'make claims       run every registered claim, results/claims.json, docs/claims.md, the README'
@@ -41,6 +42,10 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(PYTEST) -m "slow and not gpu and not network" $(ARGS)
+
+TIMES ?= 20
+chaos: $(STAMP)
+	OMP_NUM_THREADS=1 EVALBENCH_CHAOS=$(TIMES) $(VENV)/bin/python -m pytest -n 0 -s --timeout 3600 tests/test_chaos.py $(ARGS)
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from evalbench.spec import load_suite
 if TYPE_CHECKING:
     import pandas as pd
 
-    from evalbench.runner import Executor, Request
+    from evalbench.runner import Executor, Policy, Request, Shard
 
 MEASURES = ("quality", "latency")
 
@@ -96,27 +97,61 @@ def make_request(
     )
 
 
-def check_executor(*, serial: bool, workers: int | None, address: str | None) -> None:
-    """Refuse contradicting choices before anything is loaded.
+@dataclass(frozen=True)
+class Placement:
+    """Where a run is computed, and how patient it is.
+
+    Attributes:
+        serial: no Ray. workers: Ray workers. address: a running Ray cluster. device: its kind of device to use.
+        shard: `I/N`, this process of a job array. lease: seconds after which a shard that vanished is replaced.
+        timeout: seconds after which a worker that does not answer counts as hanging.
 
     Raises:
-        UserError: no workers, or Ray's options together with serial.
+        UserError: choices that contradict each other, or are out of range.
     """
-    if workers is not None and workers < 1:
-        raise UserError(f"--workers {workers}: at least 1")
-    if serial and (workers or address):
-        raise UserError("--serial runs without Ray; drop --workers and --address, or drop --serial")
 
+    serial: bool = False
+    workers: int | None = None
+    address: str | None = None
+    device: str = ""
+    shard: str = ""
+    lease: float = 60.0
+    timeout: float = 3600.0
 
-def make_executor(*, serial: bool, workers: int | None, address: str | None) -> Executor:
-    """Serial in this process, or Ray."""
-    if serial:
-        from evalbench.runner import SerialExecutor
+    def __post_init__(self) -> None:
+        if self.workers is not None and self.workers < 1:
+            raise UserError(f"--workers {self.workers}: at least 1")
+        if self.timeout <= 0:
+            raise UserError(f"--timeout {self.timeout:g}: more than 0 seconds")
+        alone = "--serial" if self.serial else "--shard" if self.shard else ""
+        if alone and (self.workers or self.address or self.device):
+            raise UserError(f"{alone} runs without Ray; drop --workers, --address and --device, or drop {alone}")
+        if self.shard:
+            self.claim()
 
-        return SerialExecutor()
-    from evalbench.cluster import RayExecutor
+    def claim(self) -> Shard | None:
+        """The shard of a job array; None for a run that holds its folder alone."""
+        if not self.shard:
+            return None
+        from evalbench.runner import Shard
 
-    return RayExecutor(workers, address)
+        return Shard.parse(self.shard, self.lease)
+
+    def policy(self) -> Policy:
+        """What happens to work that is lost."""
+        from evalbench.runner import Policy
+
+        return Policy(timeout=self.timeout)
+
+    def executor(self) -> Executor:
+        """Serial in this process, or Ray."""
+        if self.serial or self.shard:
+            from evalbench.runner import SerialExecutor
+
+            return SerialExecutor()
+        from evalbench.cluster import RayExecutor
+
+        return RayExecutor(self.workers, self.address, self.device, self.policy())
 
 
 def run(
@@ -126,13 +161,15 @@ def run(
     serial: bool = False,
     workers: int | None = None,
     address: str | None = None,
+    device: str = "",
+    shard: str = "",
     **options: Any,
 ) -> pd.DataFrame:
     """Run methods on a suite and return the table, one row per cell.
 
     Args:
         suite: name, or path of a TOML file. out: run folder; default `results/runs/SUITE`.
-        serial: no Ray. workers: Ray workers. address: a running Ray cluster.
+        serial, workers, address, device, shard: see `Placement`.
         options: see `make_request`.
 
     Returns:
@@ -144,17 +181,17 @@ def run(
     from evalbench import runner
     from evalbench.report import load
 
-    check_executor(serial=serial, workers=workers, address=address)
+    placement = Placement(serial, workers, address, device, shard)
     request = make_request(suite, **options)
     folder = Path(out) if out is not None else Path("results/runs") / request.suite.name
     made: list[Executor] = []
 
     def executor() -> Executor:
-        made.append(make_executor(serial=serial, workers=workers, address=address))
+        made.append(placement.executor())
         return made[0]
 
     try:
-        runner.run(request, folder, executor)
+        runner.run(request, folder, executor, shard=placement.claim(), policy=placement.policy())
     finally:
         for one in made:
             one.shutdown()

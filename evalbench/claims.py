@@ -20,12 +20,13 @@ import numpy as np
 
 from evalbench import registry, runner
 from evalbench.claim_words import Spread, Word, verdict
+from evalbench.durable import write_atomic
 from evalbench.errors import UserError, unknown
 from evalbench.interfaces import Claim, Method
 from evalbench.report import claims as text
 from evalbench.runner import Executor, Observer, Request, make_cell
 from evalbench.spec import Cell, Record, Suite, load_suite
-from evalbench.store import Store, write_atomic
+from evalbench.store import Store
 
 NOT_RUN, PARTLY_RUN = "no run holds both arms", "a run holds only some of the cells"
 LEAST_SEEDS, LEAST_PREPARES = 5, 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from evalbench.api import check_executor, make_executor, make_request
+from evalbench.api import Placement, make_request
 from evalbench.errors import EvalbenchError, UserError, unknown
 
 if TYPE_CHECKING:
@@ -61,6 +62,10 @@ Plugin = Annotated[list[str] | None, typer.Option("--plugin", help="Python file 
 Workers = Annotated[int | None, typer.Option("--workers", help="Ray workers; default one per GPU or CPU core.")]
 Address = Annotated[str | None, typer.Option("--address", help="A running Ray cluster to join.")]
 Serial = Annotated[bool, typer.Option("--serial", help="No Ray: everything in this process.")]
+Device = Annotated[str, typer.Option("--device", help="Kind of device of a Ray cluster: A100, or a custom resource.")]
+ShardText = Annotated[str, typer.Option("--shard", help="I/N: one process of a job array, no Ray; see docs/slurm.md.")]
+LeaseTime = Annotated[float, typer.Option("--lease", help="Seconds until a vanished shard's chunk is taken over.")]
+Timeout = Annotated[float, typer.Option("--timeout", help="Seconds per chunk after which a worker counts as hanging.")]
 Save = Annotated[bool, typer.Option("--save-samples", help="Keep every image, for `evalbench export`.")]
 SmallN = Annotated[bool, typer.Option("--allow-small-n", help="Compute set distances below their least N.")]
 ShowPlan = Annotated[bool, typer.Option("--plan", help="Print cells, chunks and forwards; run nothing.")]
@@ -96,13 +101,17 @@ def run(
     plugin: Plugin = None,
     workers: Workers = None,
     address: Address = None,
+    device: Device = "",
     serial: Serial = False,
+    shard: ShardText = "",
+    lease: LeaseTime = 60.0,
+    timeout: Timeout = 3600.0,
     save_samples: Save = False,
     allow_small_n: SmallN = False,
     plan: ShowPlan = False,
 ) -> None:
     """Run methods on a suite; the same command again continues, and adds cells to an existing run."""
-    check_executor(serial=serial, workers=workers, address=address)
+    placement = Placement(serial, workers, address, device, shard, lease, timeout)
     request = make_request(
         suite,
         methods=_methods(methods, method),
@@ -127,8 +136,7 @@ def run(
         _print_plan(request)
         return
     folder = out or Path("results/runs") / request.suite.name
-    records = _run(request, folder, workers=workers, address=address, serial=serial)
-    _finish(records, folder)
+    _finish(_run(request, folder, placement), folder)
 
 
 @app.command()
@@ -138,14 +146,13 @@ def quickstart(
     serial: Serial = False,
 ) -> None:
     """The main job on the embedded default: four samplers x three budgets on fashion-mixture, with a report."""
-    check_executor(serial=serial, workers=workers, address=None)
+    placement = Placement(serial, workers)
     from evalbench.runner import light
 
     # one fresh process: enough to see the tables, too little for an interval, and the report says so
     request = light(make_request("fashion-mixture", measure=("quality", "latency")))
     folder = out or Path("results/runs/quickstart")
-    records = _run(request, folder, workers=workers, address=None, serial=serial)
-    _finish(records, folder)
+    _finish(_run(request, folder, placement), folder)
 
 
 @app.command("list")
@@ -349,6 +356,32 @@ def export(
         print(path)
 
 
+@app.command("verify")
+def verify_run(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Remove what is damaged, so that `evalbench run` computes it again.")
+    ] = False,
+) -> None:
+    """Check every record, chunk, preparation and the table of a run; exit 4 when something is damaged."""
+    from evalbench.upkeep import verify_command
+
+    raise typer.Exit(verify_command(run_folder, repair=repair))
+
+
+@app.command()
+def gc(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
+    features: Annotated[
+        bool, typer.Option("--features", help="Also drop feature arrays: no new metrics and no verdicts after that.")
+    ] = False,
+) -> None:
+    """Remove what kills left behind; with --features also the large arrays. Records and counts always stay."""
+    from evalbench.upkeep import gc_command
+
+    gc_command(run_folder, features=features)
+
+
 @app.command()
 def claims(
     runs: Annotated[
@@ -365,7 +398,7 @@ def claims(
     serial: Serial = False,
 ) -> None:
     """What runs say of each registered claim: holds, fails; observed, not observed, undecided here."""
-    check_executor(serial=serial, workers=workers, address=address)
+    placement = Placement(serial, workers, address)
     if runs and run_:
         raise UserError("RUN judges what is there and --run computes; drop one of them")
     from evalbench import claims as found
@@ -375,7 +408,7 @@ def claims(
     chosen = found.select(None if only is None else _words(only, "--only"))
     if run_:
         plugins = dict(read_plugin(path) for path in plugin or [])
-        _compute(lambda make, bar: found.run(chosen, out, make, bar, plugins), workers, address, serial)
+        _compute(lambda make, bar: found.run(chosen, out, make, bar, plugins), placement)
     folders = runs or sorted(file.parent for file in out.glob("*/manifest.json"))
     raise typer.Exit(found.claims_command(chosen, folders, json_=json_, ledger=ledger))
 
@@ -418,25 +451,24 @@ def _numbers(text: str | None, option: str, kind: type[Any]) -> list[Any] | None
         raise UserError(f"{option} '{text}': write {noun} separated by commas") from None
 
 
-def _run(request: Request, folder: Path, *, workers: int | None, address: str | None, serial: bool) -> list[Record]:
+def _run(request: Request, folder: Path, placement: Placement) -> list[Record]:
     from evalbench import runner
 
-    return _compute(lambda make, bar: runner.run(request, folder, make, bar), workers, address, serial)
+    shard, policy = placement.claim(), placement.policy()
+    return _compute(
+        lambda make, bar: runner.run(request, folder, make, bar, shard=shard, policy=policy),
+        placement,
+    )
 
 
-def _compute(
-    work: Callable[[Callable[[], Executor], ProgressBar], Computed],
-    workers: int | None,
-    address: str | None,
-    serial: bool,
-) -> Computed:
+def _compute(work: Callable[[Callable[[], Executor], ProgressBar], Computed], placement: Placement) -> Computed:
     """Do work that needs an executor, with a progress bar; let go of the executor."""
     from evalbench.progress import ProgressBar
 
     made: list[Executor] = []
 
     def executor() -> Executor:
-        made.append(make_executor(serial=serial, workers=workers, address=address))
+        made.append(placement.executor())
         return made[0]
 
     try:
@@ -517,12 +549,19 @@ def main() -> None:
     if debug:
         sys.argv.remove("--debug")  # valid anywhere on the line
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    signal.signal(signal.SIGTERM, _interrupt)  # what a cluster sends before it takes the machine back
     sys.exit(_guarded(debug))
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def _guarded(debug: bool) -> int:
     try:
         code = app(standalone_mode=False)
+        if code == INTERRUPTED:  # typer turns Ctrl-C into this code and says nothing
+            raise KeyboardInterrupt
         return int(code or DONE)
     except EvalbenchError as error:
         return _complain(str(error), error.exit_code, debug)

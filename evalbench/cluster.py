@@ -4,30 +4,54 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+import time
+from collections import Counter, deque
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
 
 from evalbench import timing, worker
-from evalbench.errors import EvalbenchError
-from evalbench.spec import Failure
+from evalbench.errors import EvalbenchError, UserError, unknown
+from evalbench.failures import Policy, Retries
 from evalbench.timing import LatencyJob, LatencyResult, Timing
 from evalbench.worker import Job, JobFailure, Outcome, PrepareJob
 
-_RETRIES = 3  # a chunk whose worker died this often is quarantined as an error of its cell
+_QUICK = 1.0  # seconds; a worker with quick jobs gets its next one ahead, so that it never waits for the driver
+_LOOK = 5.0  # seconds between looks at which nodes there are
+_START = 120.0  # seconds that the first workers have to start
+_ANSWER = 5.0  # seconds that a hanging worker has to say where it stands
 
 
+@ray.remote(concurrency_groups={"watch": 1})  # type: ignore[call-overload]
 class _Worker:
-    """What runs in an actor: the worker module, kept warm."""
+    """What runs in an actor: the worker module, kept warm. It answers `stack` while `run` runs."""
 
-    def environment(self) -> dict[str, Any]:
-        return worker.describe()
+    def __init__(self) -> None:
+        self._thread = 0
+
+    def environment(self) -> tuple[str, dict[str, Any]]:
+        """The node this runs on, and what it computes with."""
+        return ray.get_runtime_context().get_node_id(), worker.describe()
 
     def run(self, job: Job | PrepareJob) -> Outcome:
-        return worker.run_job(job)
+        import threading
+
+        self._thread = threading.get_ident()
+        # the driver has the job already: it does not travel back
+        return replace(worker.run_job(job), job=None)  # type: ignore[arg-type]
+
+    @ray.method(concurrency_group="watch")
+    def stack(self) -> str:
+        import sys
+        import traceback
+
+        frame = sys._current_frames().get(self._thread)
+        return "".join(traceback.format_stack(frame)) if frame else ""
 
 
+@ray.remote
 class _Timer:
     """What runs in the actor of a latency run: it starts the timed processes, and holds the device for them."""
 
@@ -35,85 +59,313 @@ class _Timer:
         yield from timing.run_latency(job)
 
 
-class RayExecutor:
-    """One warm actor per worker on a local or a running Ray; for latency runs they make room.
+@dataclass
+class _Slot:
+    """A worker: its actor, what it said of its environment, and the jobs it was given, the running one first."""
 
-    Args:
-        workers: number of actors; None takes one per GPU, or one per CPU core without GPUs.
-        address: a running Ray cluster; None starts a local one on loopback.
-    """
-
-    def __init__(self, workers: int | None = None, address: str | None = None) -> None:
-        self._started = _connect(address, workers)
-        gpus = int(ray.cluster_resources().get("GPU", 0))
-        cores = int(ray.cluster_resources().get("CPU", 1))
-        self.workers = workers or gpus or cores
-        share = min(1.0, gpus / self.workers)
-        # one thread each (design, section 5); the environment is set before torch is imported
-        threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-        environment = {"env_vars": threads}
-        self._actor_class: Any = ray.remote(_Worker).options(num_cpus=1, num_gpus=share, runtime_env=environment)
-        # the whole GPU, and a node's cores: no other Ray job can be placed beside it
-        whole = max(1, int(max((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=1)))
-        self._timer_class: Any = ray.remote(_Timer).options(
-            num_cpus=whole, num_gpus=min(1, gpus), runtime_env=environment
-        )
-        self._made: list[Any] = []
+    number: int
+    actor: Any
+    asked: Any  # reference of its environment, until that is known
+    environment: dict[str, Any] | None = None
+    node: str = ""
+    jobs: deque[tuple[Any, Job | PrepareJob]] = field(default_factory=deque)
+    since: float = 0.0  # when the running job began
 
     @property
-    def _actors(self) -> list[Any]:
-        if not self._made:
-            self._made = [self._actor_class.remote() for _ in range(self.workers)]
-        return self._made
+    def is_free(self) -> bool:
+        return self.environment is not None and not self.jobs
 
-    def environment(self) -> dict[str, Any]:
-        """The environment of the workers (of the first: a cluster of several kinds is not told apart yet)."""
-        found: dict[str, Any] = ray.get(self._actors[0].environment.remote())
-        return found
+    def state(self, now: float) -> str:
+        """In words."""
+        if self.environment is None:
+            return "starting"
+        if not self.jobs:
+            return "idle"
+        job = self.jobs[0][1]
+        return f"{job.cell.method} at NFE {job.cell.nfe}, {job}, for {now - self.since:.0f} s"
+
+
+class RayExecutor:
+    """Warm actors on a local or a running Ray; for latency runs they make room.
+
+    Nodes may come and go: without `workers` there is always one actor per device that the cluster has. Chunks are
+    computed in one fingerprint class; actors of other classes are let go.
+
+    Args:
+        workers: number of actors; None takes one per GPU, or one per CPU core without GPUs. More than there are GPUs
+            share them.
+        address: a running Ray cluster; None starts a local one on loopback.
+        device: only on this kind of device: a custom resource of the cluster, or Ray's name of an accelerator type.
+        policy: what happens to jobs whose worker dies or hangs.
+    """
+
+    def __init__(
+        self,
+        workers: int | None = None,
+        address: str | None = None,
+        device: str = "",
+        policy: Policy | None = None,
+    ) -> None:
+        self._started = _connect(address, workers)
+        self._asked, self._policy = workers, policy or Policy()
+        self._kind = _resource(device)
+        self.workers = workers or self._devices()
+        # one thread each (design, section 5); the environment is set before torch is imported
+        threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+        self._runtime = {"env_vars": threads}
+        self._slots: list[_Slot] = []
+        self._class = ""
+        self._quick = False
+        self._looked = 0.0
+        self._made = 0
+
+    # --- devices ---
+
+    def _devices(self) -> int:
+        """Devices of the kind asked for that the cluster has now."""
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        if self._kind:
+            nodes = [resources for resources in nodes if self._kind in resources]
+        gpus = sum(resources.get("GPU", 0) for resources in nodes)
+        cores = sum(resources.get("CPU", 0) for resources in nodes)
+        return int(gpus or cores) or 1
+
+    def _share(self) -> float:
+        """GPUs per worker."""
+        gpus = int(ray.cluster_resources().get("GPU", 0))
+        return min(1.0, gpus / self.workers)
+
+    def _open_slot(self) -> _Slot:
+        placed = {self._kind: 0.001} if self._kind else None
+        actor = _Worker.options(  # type: ignore[attr-defined]
+            num_cpus=1,
+            num_gpus=self._share(),
+            resources=placed,
+            runtime_env=self._runtime,
+        ).remote()
+        self._made += 1
+        return _Slot(self._made, actor, actor.environment.remote())
+
+    def _start(self) -> list[_Slot]:
+        if not self._slots:
+            self._slots = [self._open_slot() for _ in range(self.workers)]
+        return self._slots
+
+    def _replace(self, slot: _Slot) -> None:
+        """A fresh actor in the place of one that died or was ended."""
+        ray.kill(slot.actor)
+        fresh = self._open_slot()
+        slot.actor, slot.asked, slot.environment = fresh.actor, fresh.asked, None
+        slot.jobs.clear()
+
+    def _follow_cluster(self) -> None:
+        """One worker per device: more when nodes joined, fewer when they left."""
+        now = time.monotonic()
+        if self._asked is not None or now - self._looked < _LOOK:
+            return
+        self._looked = now
+        wanted = self._devices()
+        for slot in [slot for slot in self._slots if slot.environment is None][: max(0, len(self._slots) - wanted)]:
+            self._close(slot)  # it waits for a device that is gone
+        self._slots += [self._open_slot() for _ in range(wanted - len(self._slots))]
+        self.workers = wanted
+
+    def _close(self, slot: _Slot) -> None:
+        ray.kill(slot.actor)
+        self._slots.remove(slot)
+
+    def environment(self, preferred: Collection[str] = ()) -> dict[str, Any]:
+        """The environment of the workers; those of another fingerprint class are let go.
+
+        Raises:
+            EvalbenchError: no worker started.
+        """
+        waiting = [slot.asked for slot in self._start() if slot.environment is None]
+        started, _ = ray.wait(waiting, num_returns=1, timeout=_START) if waiting else ([], [])
+        if waiting and not started:
+            raise EvalbenchError(
+                f"no Ray worker started in {_START:g} s; see `ray status`, or try --serial or fewer --workers"
+            )
+        if len(waiting) > 1:
+            ray.wait(waiting, num_returns=len(waiting), timeout=_LOOK)  # the others have a moment to join the vote
+        for slot in list(self._slots):
+            self._greet(slot)
+        found = [slot.environment for slot in self._slots if slot.environment is not None]
+        classes = Counter(str(one["class"]) for one in found)
+        self._class = next((c for c in preferred if c in classes), min(classes, key=lambda c: (-classes[c], c)))
+        self._dismiss_others()
+        return next(one for one in found if one["class"] == self._class)
+
+    def _greet(self, slot: _Slot) -> bool:
+        """Learn the environment of a worker that has started; False while it has not."""
+        if slot.environment is None and ray.wait([slot.asked], timeout=0)[0]:
+            try:
+                slot.node, slot.environment = ray.get(slot.asked)
+            except ray.exceptions.RayError:  # its node left before it began
+                self._replace(slot)
+        return slot.environment is not None
+
+    def _dismiss_others(self) -> None:
+        """Let go of workers outside the class of the run: bits are the same within a class only."""
+        for slot in list(self._slots):
+            if self._class and slot.environment is not None and slot.environment["class"] != self._class:
+                self._close(slot)
+
+    # --- jobs ---
+
+    def states(self) -> dict[str, str]:
+        """What each worker does, by number and device."""
+        now = time.monotonic()
+        return {f"worker {slot.number}": slot.state(now) for slot in self._slots}
 
     def map(self, jobs: Iterator[Job | PrepareJob]) -> Iterator[Outcome]:
-        """Outcomes as they land. A worker that dies is replaced and its job tried again."""
-        idle = list(range(self.workers))
-        running: dict[Any, tuple[int, Job | PrepareJob, int]] = {}  # reference -> (actor, job, tries)
-        again: list[tuple[Job | PrepareJob, int]] = []
+        """Outcomes as they land. A worker that dies or hangs is replaced and its job tried again, later each time."""
+        self._start()
+        if not self._class:
+            self.environment()
+        retries = Retries(self._policy)
+        more = True
         while True:
-            while idle:
-                job, tries = again.pop() if again else (next(jobs, None), 0)
-                if job is None:
-                    break
-                slot = idle.pop()
-                running[self._actors[slot].run.remote(job)] = (slot, job, tries + 1)
-            if not running:
+            self._follow_cluster()
+            for slot in self._slots:
+                self._greet(slot)
+            self._dismiss_others()
+            more = self._feed(jobs, retries) and more
+            running = [slot for slot in self._slots if slot.jobs]
+            if not running and not retries and not more:
                 return
-            (ready,), _ = ray.wait(list(running), num_returns=1)
-            slot, job, tries = running.pop(ready)
-            idle.append(slot)
+            for slot in self._landed(running, retries):
+                yield from self._take(slot, retries)
+            yield from self._end_hanging(retries)
+
+    def _feed(self, jobs: Iterator[Job | PrepareJob], retries: Retries) -> bool:
+        """Give free workers a job each, and quick ones another ahead; False when there was none left to give."""
+        for depth in range(2 if self._quick else 1):
+            for slot in self._slots:
+                if slot.environment is None or len(slot.jobs) != depth:
+                    continue
+                job = retries.due(time.monotonic()) or next(jobs, None)
+                if job is None:
+                    return False
+                if not slot.jobs:
+                    slot.since = time.monotonic()
+                slot.jobs.append((slot.actor.run.remote(job), job))
+        return True
+
+    def _landed(self, running: list[_Slot], retries: Retries) -> list[_Slot]:
+        """Workers whose job is done, or lost; waits for one, but not past what is due."""
+        now = time.monotonic()
+        patience = [_LOOK, *(slot.since + self._policy.timeout - now for slot in running)]
+        due = retries.next_due()
+        if due is not None and any(slot.is_free for slot in self._slots):
+            patience.append(due - now)
+        heads = {slot.jobs[0][0]: slot for slot in running}
+        starting = [slot.asked for slot in self._slots if slot.environment is None]
+        if not heads and not starting:
+            time.sleep(max(0.0, min(patience)))
+            return []
+        ready, _ = ray.wait([*heads, *starting], num_returns=1, timeout=max(0.0, min(patience)))
+        if len(heads) > 1:
+            ready, _ = ray.wait(list(heads), num_returns=len(heads), timeout=0)
+        return [heads[reference] for reference in ready if reference in heads]
+
+    def _take(self, slot: _Slot, retries: Retries) -> Iterator[Outcome]:
+        """The outcome of a worker's running job, unless it is tried again."""
+        reference, job = slot.jobs.popleft()
+        started, slot.since = slot.since, time.monotonic()
+        try:
+            outcome = replace(ray.get(reference), job=job)
+        except ray.exceptions.RayError as error:
+            left = not any(node["NodeID"] == slot.node and node["Alive"] for node in ray.nodes())
+            yield from self._lose(slot, job, retries, type(error).__name__, "died", str(error), innocent=left)
+            return
+        self._quick = slot.since - started < _QUICK
+        if isinstance(outcome, JobFailure):
+            failure = retries.failed(outcome, time.monotonic())
+            if outcome.out_of_memory:
+                self._give_back(slot, retries)
+                self._replace(slot)
+            if failure is None:
+                return
+            outcome = failure
+        retries.done(job)
+        yield outcome
+
+    def _lose(
+        self, slot: _Slot, job: Job | PrepareJob, retries: Retries, type_: str, why: str, place: str, *, innocent: bool
+    ) -> Iterator[Outcome]:
+        """A worker is gone with its running job; what it had been given ahead goes to others.
+
+        Args:
+            innocent: the job is not to blame: the node left.
+        """
+        self._give_back(slot, retries)
+        self._replace(slot)
+        if innocent:
+            retries.again(job)
+            return
+        failure = retries.lost(job, type_, why, place, time.monotonic())
+        if failure is not None:
+            yield failure
+
+    def _give_back(self, slot: _Slot, retries: Retries) -> None:
+        for _, ahead in slot.jobs:
+            retries.again(ahead)
+        slot.jobs.clear()
+
+    def _end_hanging(self, retries: Retries) -> Iterator[Outcome]:
+        """End workers that have not answered for too long, after asking them where they stand."""
+        limit = self._policy.timeout
+        for slot in list(self._slots):
+            if not slot.jobs or time.monotonic() - slot.since < limit:
+                continue
+            _, job = slot.jobs.popleft()
             try:
-                yield ray.get(ready)
-            except ray.exceptions.RayError as error:
-                self._actors[slot] = self._actor_class.remote()
-                if tries < _RETRIES:
-                    again.append((job, tries))
-                else:
-                    yield _quarantined(job, error)
+                place = str(ray.get(slot.actor.stack.remote(), timeout=_ANSWER))
+            except ray.exceptions.RayError:
+                place = "it did not say where it stands"
+            why = f"did not answer for {limit:g} s (see --timeout)"
+            yield from self._lose(slot, job, retries, "TimeoutError", why, place, innocent=False)
+
+    # --- latency ---
 
     def latency(self, job: LatencyJob) -> Iterator[Timing | LatencyResult]:
         """Time alone: the workers, their models and their hold on the GPU go first, and come back when they are needed.
 
         Waits until another job of the cluster has left the device.
+
+        Raises:
+            UserError: the cluster has devices of several kinds and none was named.
         """
+        self._refuse_mixed_devices()
         self._let_go()
-        timer = self._timer_class.remote()
+        placed = {self._kind: 0.001} if self._kind else None
+        # the whole GPU, and a node's cores: no other Ray job can be placed beside it
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        nodes = [resources for resources in nodes if not self._kind or self._kind in resources]
+        whole = max(1, int(max((resources.get("CPU", 0) for resources in nodes), default=1)))
+        gpus = min(1, int(max((resources.get("GPU", 0) for resources in nodes), default=0)))
+        timer = _Timer.options(  # type: ignore[attr-defined]
+            num_cpus=whole, num_gpus=gpus, resources=placed, runtime_env=self._runtime
+        ).remote()
         try:
             for reference in timer.run.options(num_returns="streaming").remote(job):
                 yield ray.get(reference)
         finally:
             ray.kill(timer)
 
+    def _refuse_mixed_devices(self) -> None:
+        kinds = sorted({name for node in ray.nodes() if node["Alive"] for name in _kinds(node["Resources"])})
+        if not self._kind and len(kinds) > 1:
+            raise UserError(
+                f"the cluster has devices of several kinds ({', '.join(kinds)}) and latency holds on one: "
+                f"add --device {kinds[0]}"
+            )
+
     def _let_go(self) -> None:
-        for actor in self._made:
-            ray.kill(actor)
-        self._made = []
+        for slot in self._slots:
+            ray.kill(slot.actor)
+        self._slots = []
 
     def shutdown(self) -> None:
         """Stop the actors, and Ray when this executor started it."""
@@ -122,11 +374,38 @@ class RayExecutor:
             ray.shutdown()
 
 
+_TYPE = "accelerator_type:"
+
+
+def _kinds(resources: dict[str, float]) -> set[str]:
+    """Kinds of devices of a node: accelerator types by their short name, and custom resources."""
+    usual = ("CPU", "GPU", "memory", "object_store_memory", "bundle_group")
+    named = {name.removeprefix(_TYPE) for name in resources}
+    return {name for name in named if not name.startswith(("node:", *usual))}
+
+
+def _resource(device: str) -> str:
+    """The cluster's resource for a kind of device; empty for any.
+
+    Raises:
+        UserError: the cluster has none of that kind.
+    """
+    if not device:
+        return ""
+    found = ray.cluster_resources()
+    for name in (device, _TYPE + device):
+        if name in found:
+            return name
+    raise unknown("device", device, _kinds(found), where="this Ray cluster")
+
+
 def _connect(address: str | None, workers: int | None) -> bool:
     """Connect to Ray; True when this call started it."""
     if ray.is_initialized():
         return False
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if not address:
+        _stay_on_loopback()
     try:
         if address:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
@@ -136,7 +415,6 @@ def _connect(address: str | None, workers: int | None) -> bool:
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
-                _node_ip_address="127.0.0.1",
             )
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise EvalbenchError(
@@ -145,6 +423,12 @@ def _connect(address: str | None, workers: int | None) -> bool:
     return True
 
 
-def _quarantined(job: Job | PrepareJob, error: Exception) -> JobFailure:
-    message = f"worker died {_RETRIES} times on {job}"
-    return JobFailure(job, Failure(type=type(error).__name__, message=message, traceback=str(error)), unsupported=False)
+def _stay_on_loopback() -> None:
+    """Let a Ray that starts now listen on 127.0.0.1 alone.
+
+    `ray.init` turns a loopback address into one that others can reach, and listens on all interfaces. Where Ray knows
+    no clusters (its switch for Windows and macOS, read when it is imported and by every process it starts) it stays
+    on loopback.
+    """
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    ray._private.ray_constants.ENABLE_RAY_CLUSTER = False

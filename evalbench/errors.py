@@ -29,6 +29,10 @@ class BudgetExceeded(EvalbenchError):
     """A method asked for more evaluations than its budget. Becomes an error row."""
 
 
+class DamagedFile(EvalbenchError):
+    """A stored file is missing or is not what was written. A chunk is then computed again."""
+
+
 class BadSamples(EvalbenchError):
     """A method returned NaN, a wrong shape or constant images. Becomes an error row."""
 

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
+from evalbench.durable import write_atomic
 from evalbench.errors import UserError, unknown
 from evalbench.spec import Record
-from evalbench.store import Store, write_atomic
+from evalbench.store import Store
 
 LAYOUTS = ("folder", "adm-npz")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from types import TracebackType
 
 from rich.console import Console
@@ -137,6 +138,12 @@ class ProgressBar:
         """A piece of a phase is done."""
         self._phases[phase].landed(forwards, samples, seconds, time.perf_counter())
         self._refresh(phase)
+
+    def cells(self, done: int, total: int, errors: int) -> None:
+        """Cells with a record."""
+
+    def workers(self, states: Mapping[str, str]) -> None:
+        """What each worker does."""
 
     def note(self, line: str) -> None:
         """A line above the bar."""

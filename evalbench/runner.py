@@ -1,246 +1,53 @@
 """plan -> chunks -> reduce -> records: one loop over an executor, serial or Ray.
 
 The plan drops what the run folder already holds, so the same command continues an interrupted run and a finished run
-computes nothing.
+computes nothing. A chunk that is found damaged is named and computed again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from evalbench import environment, registry, sampling, timing, worker
+from evalbench import environment, registry, sampling, shards, worker
 from evalbench.artifacts import Artifacts
-from evalbench.cost.budget import BudgetUnit
-from evalbench.cost.processes import Launch, fresh
 from evalbench.cost.variants import Variant
-from evalbench.errors import UserError
-from evalbench.interfaces import Metric, Parts
-from evalbench.reduce import paired_parts, parts_of, reduce_counts, reduce_metrics
-from evalbench.spec import Cell, Chunk, Failure, Record, Solution, Suite, chunks_of, content_id
-from evalbench.store import Store, open_run
-from evalbench.timing import LIGHT, Effort, LatencyJob, LatencyResult, Timing
-from evalbench.worker import (
-    ChunkResult,
-    Job,
-    JobFailure,
-    Outcome,
-    PreparedResult,
-    PrepareJob,
-)
+from evalbench.errors import EvalbenchError
+from evalbench.execution import Executor, SerialExecutor
+from evalbench.failures import Policy
+from evalbench.interfaces import Parts
+from evalbench.observer import Observer, Silent
+from evalbench.plan import Plan, Request, make_cell, make_plan, unique
+from evalbench.reduce import parts_of, reduce_counts, reduce_metrics
+from evalbench.shards import Claims, Shard
+from evalbench.spec import Cell, Chunk, Failure, Record, content_id
+from evalbench.store import DamagedChunk, Store, open_run
+from evalbench.timing import LIGHT, LatencyJob, LatencyResult
+from evalbench.worker import ChunkResult, Job, JobFailure, Outcome, PreparedResult, PrepareJob
 
+# What callers of a run need, whichever module it lives in.
+__all__ = [
+    "Executor",
+    "Observer",
+    "Plan",
+    "Policy",
+    "Request",
+    "SerialExecutor",
+    "Shard",
+    "Silent",
+    "light",
+    "make_cell",
+    "make_plan",
+    "needs_attention",
+    "run",
+    "unique",
+]
 
-class Executor(Protocol):
-    """Computes jobs somewhere. `workers` chunks are in flight at a time."""
-
-    workers: int
-
-    def environment(self) -> dict[str, Any]:
-        """The environment that jobs are computed in, see `environment.describe`."""
-        ...
-
-    def map(self, jobs: Iterator[Job | PrepareJob]) -> Iterator[Outcome]:
-        """Outcomes as they land, in any order; pulls a job only when a worker is free."""
-        ...
-
-    def latency(self, job: LatencyJob) -> Iterator[Timing | LatencyResult]:
-        """Run a latency job alone, nothing else in flight: a Timing per piece, the result last."""
-        ...
-
-    def shutdown(self) -> None:
-        """Let go of processes."""
-        ...
-
-
-class SerialExecutor:
-    """Everything in this process, one thread; for debuggers and small runs."""
-
-    workers = 1
-    launch: Launch = staticmethod(fresh)
-
-    def environment(self) -> dict[str, Any]:
-        """This process's."""
-        return worker.describe()
-
-    def map(self, jobs: Iterator[Job | PrepareJob]) -> Iterator[Outcome]:
-        """Outcomes in order."""
-        return map(worker.run_job, jobs)
-
-    def latency(self, job: LatencyJob) -> Iterator[Timing | LatencyResult]:
-        """Time in fresh processes, one after the other."""
-        return timing.run_latency(job, self.launch)
-
-    def shutdown(self) -> None:
-        """Nothing to let go of."""
-
-
-class Observer(Protocol):
-    """Told what happens, for progress bars.
-
-    Work comes in phases (`quality`, `latency`) and is counted in forwards: evaluations of the field over all samples.
-    """
-
-    def planned(self, phase: str, forwards: float, samples: int, workers: int) -> None:
-        """Work of a phase, announced before anything runs."""
-
-    def landed(self, phase: str, forwards: float, samples: int, seconds: float) -> None:
-        """A piece of it is done, after `seconds` on its worker."""
-
-    def note(self, line: str) -> None:
-        """Something worth a line."""
-
-
-class Silent:
-    """An observer that says nothing."""
-
-    def planned(self, phase: str, forwards: float, samples: int, workers: int) -> None:
-        """Nothing."""
-
-    def landed(self, phase: str, forwards: float, samples: int, seconds: float) -> None:
-        """Nothing."""
-
-    def note(self, line: str) -> None:
-        """Nothing."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """What the user asked for, resolved against a suite.
-
-    Attributes:
-        suite: with overrides applied. methods: chain texts as written. nfe, guidance, seeds: the grid of cells.
-        budget_unit: what `nfe` counts: evaluations of the field, network rows (`evals`), or steps of the grid.
-        metrics: metric ids. measure: `quality`, `latency`.
-        effort: how much a latency run measures. variant: text of how it executes networks; empty is as quality runs.
-        save_samples: keep every image. allow_small_n: see `reduce_metrics`.
-        plugins: file name -> source.
-    """
-
-    suite: Suite
-    methods: tuple[str, ...]
-    nfe: tuple[int, ...]
-    guidance: tuple[float, ...]
-    seeds: tuple[int, ...]
-    metrics: tuple[str, ...]
-    budget_unit: BudgetUnit = "nfe"
-    measure: frozenset[str] = frozenset({"quality"})
-    effort: Effort = field(default_factory=Effort)
-    variant: str = ""
-    save_samples: bool = False
-    allow_small_n: bool = False
-    plugins: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Cells to measure, and the fine solutions that their paired metrics need.
-
-    Attributes:
-        metrics: what can be computed here. unavailable: the other metrics asked for, by id, with the reason.
-    """
-
-    request: Request
-    cells: tuple[Cell, ...]
-    metrics: tuple[Metric[Any], ...]
-    unavailable: Mapping[str, str] = field(default_factory=dict)
-
-    @cached_property
-    def solutions(self) -> dict[str, Cell]:
-        """Fine solution of each cell, by cell id; empty when no metric is paired or the suite names none."""
-        solution = self.request.suite.solution
-        if solution is None or not paired_parts(self.metrics):
-            return {}
-        return {cell.id: self._solution(cell, solution) for cell in self.cells}
-
-    def _solution(self, cell: Cell, solution: Solution) -> Cell:
-        """The fine solution of the field that the cell solves; a method that guides itself has a field of its own."""
-        guidance = registry.build_method(cell.method).guidance
-        method = f"{solution.method}+{guidance}" if guidance else solution.method
-        return make_cell(self.request.suite, method, solution.nfe, cell.guidance, cell.seed)
-
-    @cached_property
-    def parts(self) -> dict[str, tuple[str, ...]]:
-        """Extractors to run, by cell id (fine solutions included)."""
-        wanted = {cell.id: set(parts_of(self.metrics)) for cell in self.cells}
-        for cell in self.solutions.values():
-            wanted.setdefault(cell.id, set()).update(paired_parts(self.metrics))
-        return {cell_id: tuple(sorted(parts)) for cell_id, parts in wanted.items()}
-
-    @cached_property
-    def work(self) -> tuple[Cell, ...]:
-        """Every cell to sample once: fine solutions first, since others wait for them."""
-        return tuple({cell.id: cell for cell in (*self.solutions.values(), *self.cells)}.values())
-
-    def chunks(self, cell: Cell) -> list[Chunk]:
-        """Chunks of a cell, in order."""
-        sampling = self.request.suite.sampling
-        return chunks_of(cell.id, sampling.samples, sampling.chunk)
-
-
-def make_cell(suite: Suite, method: str, nfe: int, guidance: float, seed: int) -> Cell:
-    """The cell of a method text; the id covers every setting, so two spellings of one method are one cell."""
-    chain = registry.build_method(method)
-    return Cell(
-        suite=suite.name,
-        suite_version=suite.version,
-        generation=content_id(suite.generation()),
-        method=chain.text,
-        settings=content_id(chain.settings()),
-        nfe=nfe,
-        guidance=guidance,
-        seed=seed,
-    )
-
-
-def make_plan(request: Request) -> Plan:
-    """Check a request and lay out its cells.
-
-    Raises:
-        UserError: anything wrong with the suite, a method, a metric, or the grid.
-    """
-    for name, source in request.plugins.items():
-        registry.load_plugin(source, name)
-    worker.check_suite(request.suite)
-    metrics = tuple(registry.build_metric(metric) for metric in request.metrics)
-    for values, option in (
-        (request.nfe, "--nfe"),
-        (request.methods, "--methods"),
-        (request.seeds, "--seeds"),
-    ):
-        if not values:
-            raise UserError(f"{option} is empty; name at least one")
-    for nfe in request.nfe:
-        if nfe < 1:
-            raise UserError(f"--nfe {nfe}: a budget is at least 1 evaluation")
-    for seed in request.seeds:
-        if seed < 0:
-            raise UserError(f"--seeds {seed}: a seed is 0 or more")
-    cells = {
-        cell.id: cell
-        for seed in request.seeds
-        for guidance in request.guidance
-        for method in request.methods
-        for nfe in request.nfe
-        for cell in [make_cell(request.suite, method, _nfe(request, method, nfe, guidance), guidance, seed)]
-    }
-    reasons = {metric.id: _why_unavailable(metric) for metric in metrics}
-    usable = tuple(metric for metric in metrics if not reasons[metric.id])
-    return Plan(request, tuple(cells.values()), usable, {name: why for name, why in reasons.items() if why})
-
-
-def _nfe(request: Request, method: str, budget: int, guidance: float) -> int:
-    """A budget in evaluations of the field."""
-    if request.budget_unit == "nfe":
-        return budget
-    return sampling.nfe_of(request.suite, method, request.budget_unit, budget, guidance)
-
-
-def _why_unavailable(metric: Metric[Any]) -> str:
-    """Why a metric's features cannot be had on this machine; empty when they can."""
-    return "; ".join(why for part in metric.needs if (why := registry.get("extractor", part).missing()))
+_DAMAGES = 3  # times that one chunk may be found damaged in a run before the disk is to blame
 
 
 def run(
@@ -248,6 +55,9 @@ def run(
     out: Path | str,
     executor: Callable[[], Executor],
     observer: Observer | None = None,
+    *,
+    shard: Shard | None = None,
+    policy: Policy | None = None,
 ) -> list[Record]:
     """Run a request into a run folder, resuming what is there.
 
@@ -255,13 +65,18 @@ def run(
         request: what to measure. out: the run folder.
         executor: makes the executor; called only when something must be computed.
         observer: told of progress.
+        shard: compute only what this process of a job array can claim; None holds the folder alone.
+        policy: when a process of a job array counts as hanging, and a chunk as the cause.
 
     Returns:
         The latest record of every cell of this request, quality first, then latency.
     """
     plan = make_plan(request)
-    with open_run(out, request.suite, request.plugins) as store:
-        loop = _Loop(plan, store, executor, observer or Silent())
+    with (
+        open_run(out, request.suite, request.plugins, shared=shard is not None) as store,
+        shards.claims_of(store.folder, shard, policy or Policy()) as claims,
+    ):
+        loop = _Loop(plan, store, executor, observer or Silent(), claims)
         loop.announce()
         if "quality" in request.measure:
             loop.quality()
@@ -273,14 +88,23 @@ def run(
 class _Loop:
     """The state of one run: which chunks are there, which cells failed."""
 
-    def __init__(self, plan: Plan, store: Store, executor: Callable[[], Executor], observer: Observer) -> None:
-        self.plan, self.store, self.observer = plan, store, observer
+    def __init__(
+        self,
+        plan: Plan,
+        store: Store,
+        executor: Callable[[], Executor],
+        observer: Observer,
+        claims: Claims,
+    ) -> None:
+        self.plan, self.store, self.observer, self.claims = plan, store, observer, claims
         self._make_executor = executor
         self._references: dict[str, Parts | None] = {}
         self._artifacts = Artifacts(store, plan.request.suite, plan.request.plugins)
         self._failed: dict[str, JobFailure] = {}
         self._seconds: dict[str, float] = {}
         self._fingerprints: dict[str, str] = {}
+        self._damages: dict[Chunk, int] = {}
+        self._known = len(store.records_after(0))  # lines of records.jsonl that were there when this process began
 
     @cached_property
     def executor(self) -> Executor:
@@ -295,12 +119,12 @@ class _Loop:
     def announce(self) -> None:
         """Tell the observer all the work there is, so that its estimate covers the whole run."""
         if "quality" in self.plan.request.measure:
-            _, waiting = self._open_quality()
             budgets = {cell.id: cell.nfe for cell in self.plan.work}
-            samples = {cell_id: sum(c.stop - c.start for c in chunks) for cell_id, chunks in waiting.items()}
+            samples = {cell_id: sum(c.stop - c.start for c in chunks) for cell_id, chunks in self._waiting.items()}
             forwards = sum(count * budgets[cell_id] for cell_id, count in samples.items())
             if forwards:
                 self.observer.planned("quality", forwards, sum(samples.values()), self.executor.workers)
+            self._tell_cells()
         if "latency" in self.plan.request.measure:
             job = self._latency_job()
             if job.cells:
@@ -311,48 +135,115 @@ class _Loop:
 
     def quality(self) -> None:
         """Compute the missing chunks, reduce each cell as soon as its last chunk lands."""
-        pending, waiting = self._open_quality()
-        self._prepare([cell for cell in self.plan.work if waiting.get(cell.id)], waiting)
-        self._reduce_ready(pending, waiting)
-        if any(waiting.values()):
-            for outcome in self.executor.map(self._jobs(waiting)):
-                self._land(outcome, waiting)
-                self._reduce_ready(pending, waiting)
+        self._prepare([cell for cell in self.plan.work if self._waiting.get(cell.id)])
+        self._reduce_ready()
+        while self._pending:
+            landed = 0
+            if any(self._waiting.values()):
+                for outcome in self.executor.map(self._jobs()):
+                    landed += 1
+                    self._land(outcome)
+                    self._reduce_ready()
+            if self.claims.shared:
+                self._look_around()
+                self._reduce_ready()
+                if self._pending and not landed:
+                    shards.wait()
 
-    def _prepare(self, cells: Sequence[Cell], waiting: dict[str, list[Chunk]]) -> None:
-        """Let the methods of these cells search, calibrate or train; a failure is that of all cells that need it."""
-        jobs = self._artifacts.missing(cells)
-        if not jobs:
-            return
-        self.observer.note(f"preparing {len(jobs)} method(s), billed apart")
-        for outcome in self.executor.map(iter(jobs)):
-            if isinstance(outcome, PreparedResult):
-                self._artifacts.land(outcome)
-            elif isinstance(outcome, JobFailure) and isinstance(outcome.job, PrepareJob):
-                for cell in cells:
-                    if self._artifacts.key(cell) == outcome.job.key:
-                        self._fail(cell, outcome, waiting)
+    @cached_property
+    def _pending(self) -> dict[str, Cell]:
+        """Cells without a current record, or with a chunk that is gone, by id."""
+        done = {r.cell.id for r in self.store.records() if self._is_current(r) and self._has_chunks(r)}
+        return {cell.id: cell for cell in self.plan.cells if cell.id not in done}
 
-    def _fail(self, cell: Cell, failure: JobFailure, waiting: dict[str, list[Chunk]]) -> None:
-        self._failed.setdefault(cell.id, failure)
-        waiting[cell.id] = []
-        self.observer.note(f"{cell.method} at NFE {cell.nfe}: {failure.failure.message}")
-
-    def _open_quality(self) -> tuple[dict[str, Cell], dict[str, list[Chunk]]]:
-        """Cells without a current record, and the missing chunks of them and of their fine solutions, by cell id."""
-        done = {r.cell.id for r in self.store.records() if self._is_current(r)}
-        pending = {cell.id: cell for cell in self.plan.cells if cell.id not in done}
-        needed = {self.plan.solutions[i].id for i in pending if i in self.plan.solutions} | pending.keys()
+    @cached_property
+    def _waiting(self) -> dict[str, dict[Chunk, None]]:
+        """Missing chunks of pending cells and of their fine solutions, by cell id, in order."""
+        needed = {self.plan.solutions[i].id for i in self._pending if i in self.plan.solutions} | self._pending.keys()
         cells = [cell for cell in self.plan.work if cell.id in needed]
         waiting = {cell.id: self._missing_chunks(cell) for cell in cells}
         if any(waiting.values()):  # something is computed now: all chunks of a cell must come from that environment
             here = self._workers_class
-            waiting = {cell.id: self._missing_chunks(cell, here) for cell in cells}
-        return pending, waiting
+            begun = [cell for cell in cells if self.store.present_chunks(cell.id)]
+            waiting |= {cell.id: self._missing_chunks(cell, here) for cell in begun}
+        return {cell_id: dict.fromkeys(chunks) for cell_id, chunks in waiting.items()}
+
+    def _tell_cells(self) -> None:
+        total = len(self.plan.cells)
+        errors = sum(1 for cell in self.plan.cells if cell.id in self._failed and cell.id not in self._pending)
+        self.observer.cells(total - len(self._pending), total, errors)
+
+    def _look_around(self) -> None:
+        """See what other shards computed, recorded, or found to fail."""
+        for record in self.store.records_after(self._known):
+            cell = self._pending.get(record.cell.id)
+            if cell is None or record.kind != "quality":
+                continue
+            if record.status == "error" or self._is_current(record):
+                del self._pending[cell.id]
+                self._waiting[cell.id] = {}
+        for cell in self.plan.work:
+            if self._waiting.get(cell.id):
+                self._waiting[cell.id] = dict.fromkeys(self._missing_chunks(cell, self._workers_class))
+        self._tell_cells()
+
+    def _prepare(self, cells: Sequence[Cell]) -> None:
+        """Let the methods of these cells search, calibrate or train; a failure is that of all cells that need it."""
+        while jobs := self._artifacts.missing([cell for cell in cells if cell.id not in self._failed]):
+            mine = [job for job in jobs if self._may_prepare(job, cells)]
+            if mine:
+                self.observer.note(f"preparing {len(mine)} method(s), billed apart")
+            elif self.claims.shared:
+                shards.wait()
+            for outcome in self.executor.map(iter(mine)):
+                if isinstance(outcome, PreparedResult):
+                    self._artifacts.land(outcome)
+                    self.claims.release(outcome.job)
+                elif isinstance(outcome, JobFailure):
+                    self.claims.release(outcome.job)
+                    self._fail_prepared(outcome, cells)
+
+    def _may_prepare(self, job: PrepareJob, cells: Sequence[Cell]) -> bool:
+        """Whether this process prepares a method: no other does, and none has."""
+        taken = self.claims.take(job)
+        if isinstance(taken, JobFailure):
+            self._fail_prepared(taken, cells)
+            return False
+        if taken and not self._artifacts.missing([job.cell]):
+            self.claims.release(job)
+            return False
+        return taken
+
+    def _fail_prepared(self, failure: JobFailure, cells: Sequence[Cell]) -> None:
+        assert isinstance(failure.job, PrepareJob)
+        for cell in cells:
+            if self._artifacts.key(cell) == failure.job.key:
+                self._fail(cell, failure)
+
+    def _fail(self, cell: Cell, failure: JobFailure) -> None:
+        self._failed.setdefault(cell.id, failure)
+        self._waiting[cell.id] = {}
+        self.observer.note(f"{cell.method} at NFE {cell.nfe}: {failure.failure.message}")
 
     @cached_property
     def _workers_class(self) -> str:
-        return str(self.executor.environment()["class"])
+        """The fingerprint class that this run computes in: one that has chunks here, where there is a choice."""
+        found = str(self.executor.environment(self._classes_here())["class"])
+        self.claims.agree(found)
+        return found
+
+    def _classes_here(self) -> Collection[str]:
+        """Fingerprint classes of the first chunk of each cell, the most common first."""
+        facts = (self.store.chunk_facts(self.plan.chunks(cell)[0]) for cell in self.plan.work)
+        classes = Counter(one["environment"]["class"] for one in facts if one)
+        return [name for name, _ in classes.most_common()]
+
+    def _has_chunks(self, record: Record) -> bool:
+        """Whether every chunk behind a record has a file; `gc` keeps those, without their features."""
+        if record.status == "unsupported":
+            return True
+        behind = [record.cell, *filter(None, [self.plan.solutions.get(record.cell.id)])]
+        return all(self.store.present_chunks(cell.id).issuperset(self.plan.chunks(cell)) for cell in behind)
 
     def _is_current(self, record: Record) -> bool:
         if record.kind != "quality" or record.status == "error":
@@ -365,61 +256,122 @@ class _Loop:
     def _missing_chunks(self, cell: Cell, fingerprint_class: str | None = None) -> list[Chunk]:
         """Chunks that are not there, or not with these feature networks, or not of this fingerprint class."""
         features = {name: self._fingerprint(name) for name in self.plan.parts[cell.id]}
-        chunks = {chunk: self.store.chunk_facts(chunk) for chunk in self.plan.chunks(cell)}
-        usable = {chunk: facts for chunk, facts in chunks.items() if facts and self._is_usable(facts, features)}
-        classes = {facts["environment"]["class"] for facts in usable.values()}
-        if fingerprint_class is None and len(classes) == 1:
-            (fingerprint_class,) = classes
-        return [c for c in chunks if c not in usable or usable[c]["environment"]["class"] != fingerprint_class]
+        chunks, usable = self.plan.chunks(cell), {}
+        for chunk in self.store.present_chunks(cell.id).intersection(chunks):
+            facts = self.store.chunk_facts(chunk)
+            if facts is None:
+                self._drop(chunk, f"{self.store.chunk_file(chunk)} is damaged")
+            elif self._is_usable(facts, features):
+                usable[chunk] = facts["environment"]["class"]
+        if fingerprint_class is None and len(set(usable.values())) == 1:
+            fingerprint_class = next(iter(usable.values()))
+        return [chunk for chunk in chunks if usable.get(chunk, "none") != fingerprint_class]
+
+    def _drop(self, chunk: Chunk, why: str) -> None:
+        """Forget a damaged chunk, and say so."""
+        self._damages[chunk] = self._damages.get(chunk, 0) + 1
+        if self._damages[chunk] >= _DAMAGES:
+            raise EvalbenchError(
+                f"{why}, for the {_DAMAGES}rd time in this run; check the disk under {self.store.folder}"
+            )
+        self.store.remove_chunk(chunk)
+        self.observer.note(f"{why}: computed again")
 
     def _is_usable(self, facts: Mapping[str, Any], features: Mapping[str, str]) -> bool:
         if self.plan.request.save_samples and not facts["all_images"]:
             return False
         return bool(features.items() <= facts["features"].items())
 
-    def _jobs(self, waiting: Mapping[str, list[Chunk]]) -> Iterator[Job]:
+    def _jobs(self) -> Iterator[Job]:
         """One chunk of every cell, then cell by cell.
 
         So a method that fails is found out early, and the estimate of the time left knows every kind of cell.
         """
-        request = self.plan.request
-        todo = [(cell, list(waiting.get(cell.id, ()))) for cell in self.plan.work]
-        first = [(cell, chunk) for cell, chunks in todo for chunk in chunks[:1]]
-        rest = [(cell, chunk) for cell, chunks in todo for chunk in chunks[1:]]
-        for cell, chunk in (*first, *rest):
-            if cell.id not in self._failed:
-                yield Job(
-                    request.suite,
-                    cell,
-                    chunk,
-                    self.plan.parts[cell.id],
-                    request.save_samples,
-                    request.plugins,
-                    self._artifacts.of(cell),
-                )
+        given: set[Chunk] = set()
+        for most in (1, None):
+            for cell in self.plan.work:
+                chunks = self.claims.order([c for c in self._waiting.get(cell.id, ()) if c not in given])
+                for chunk in chunks[:most]:
+                    if cell.id in self._failed:
+                        break
+                    if most == 1:
+                        given.add(chunk)
+                    job = self._claimed(cell, chunk)
+                    if job is not None:
+                        yield job
 
-    def _land(self, outcome: Outcome, waiting: dict[str, list[Chunk]]) -> None:
+    def _claimed(self, cell: Cell, chunk: Chunk) -> Job | None:
+        """The job of a chunk; None when another process has it, or has done it."""
+        request = self.plan.request
+        parts, artifacts = self.plan.parts[cell.id], self._artifacts.of(cell)
+        job = Job(request.suite, cell, chunk, parts, request.save_samples, request.plugins, artifacts)
+        taken = self.claims.take(job)
+        if isinstance(taken, JobFailure):
+            self._fail(cell, taken)
+            return None
+        if not taken:
+            return None
+        if self.claims.shared and self._has_landed(cell, chunk):
+            self.claims.release(job)
+            self._waiting[cell.id].pop(chunk, None)
+            return None
+        return job
+
+    def _has_landed(self, cell: Cell, chunk: Chunk) -> bool:
+        """Whether another shard wrote a chunk since this process looked."""
+        facts = self.store.chunk_facts(chunk)
+        features = {name: self._fingerprint(name) for name in self.plan.parts[cell.id]}
+        return bool(facts and self._is_usable(facts, features) and facts["environment"]["class"] == self._workers_class)
+
+    def _land(self, outcome: Outcome) -> None:
+        self.observer.workers(self.executor.states())
         if isinstance(outcome, JobFailure):
-            self._fail(outcome.job.cell, outcome, waiting)
+            self.claims.release(outcome.job)
+            self._fail(outcome.job.cell, outcome)
             return
         assert isinstance(outcome, ChunkResult)
         job = outcome.job
         facts = outcome.facts | {"all_images": job.keep_images}
         self.store.write_chunk(job.chunk, outcome.arrays, facts)
-        if job.chunk in waiting[job.cell.id]:
-            waiting[job.cell.id].remove(job.chunk)
+        self.claims.release(job)
+        self._waiting[job.cell.id].pop(job.chunk, None)
         seconds = float(outcome.facts["seconds"])
         self._seconds[job.cell.id] = self._seconds.get(job.cell.id, 0.0) + seconds
         samples = job.chunk.stop - job.chunk.start
         self.observer.landed("quality", samples * job.cell.nfe, samples, seconds)
 
-    def _reduce_ready(self, pending: dict[str, Cell], waiting: Mapping[str, list[Chunk]]) -> None:
-        for cell in list(pending.values()):
-            solution = self.plan.solutions.get(cell.id)
-            if waiting[cell.id] or (solution is not None and waiting[solution.id]):
-                continue
-            self.store.append(self._record(cell, solution))
-            del pending[cell.id]
+    def _reduce_ready(self) -> None:
+        """Record the pending cells whose chunks are all there, unless another process is doing that."""
+        ready = [cell for cell in self._pending.values() if self._is_ready(cell)]
+        if not ready:
+            return
+        with self.claims.reducing() as mine:
+            if not mine:
+                return
+            if self.claims.shared:
+                self._look_around()
+            for cell in ready:
+                if cell.id in self._pending and self._is_ready(cell):
+                    self._reduce(cell)
+        self._tell_cells()
+
+    def _is_ready(self, cell: Cell) -> bool:
+        solution = self.plan.solutions.get(cell.id)
+        return not self._waiting.get(cell.id) and (solution is None or not self._waiting.get(solution.id))
+
+    def _reduce(self, cell: Cell) -> None:
+        """Append the record of a cell; when one of its chunks turns out to be damaged, let that be computed first."""
+        try:
+            record = self._record(cell, self.plan.solutions.get(cell.id))
+        except DamagedChunk as damage:
+            self._drop(damage.chunk, str(damage).split(";")[0])
+            for owner in self.plan.work:
+                if owner.id == damage.chunk.cell_id:
+                    missing = self._missing_chunks(owner, self._workers_class)
+                    self._waiting[owner.id] = dict.fromkeys(missing)
+            return
+        self.store.append(record)
+        del self._pending[cell.id]
 
     def _record(self, cell: Cell, solution: Cell | None) -> Record:
         facts = self._protocol(cell)
@@ -507,7 +459,7 @@ class _Loop:
         """
         job = self._latency_job()
         if self._artifacts.missing(job.cells):
-            self._prepare(job.cells, {})
+            self._prepare(job.cells)
             for cell in (cell for cell in job.cells if cell.id in self._failed):
                 self.store.append(self._unprepared(cell))
             job = self._latency_job()
@@ -586,8 +538,3 @@ def light(request: Request) -> Request:
 def needs_attention(records: Iterable[Record]) -> bool:
     """Whether a run finished with error rows (exit code 5)."""
     return any(record.status == "error" for record in records)
-
-
-def unique(values: Sequence[Any]) -> tuple[Any, ...]:
-    """Values without repeats, order kept."""
-    return tuple(dict.fromkeys(values))

@@ -52,6 +52,11 @@ def setup_of(suite: Suite, plugins: Mapping[str, str], variant: Variant | None =
 _setups: dict[str, Setup] = {}
 
 
+def forget() -> None:
+    """Let go of the model."""
+    _setups.clear()
+
+
 def build(suite: Suite, variant: Variant | None = None) -> Setup:
     """The model of a suite with its weights, in the process's deterministic settings.
 

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import errno
 import fcntl
+import itertools
 import json
 import os
-import zipfile
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,19 @@ from typing import Any
 import numpy as np
 
 from evalbench import __version__
-from evalbench.errors import EvalbenchError, UserError
+from evalbench.durable import Group, append_line, read_facts, read_npz, write_atomic, write_npz
+from evalbench.errors import DamagedFile, EvalbenchError, UserError
 from evalbench.spec import Chunk, Record, Suite, record_from_json
+
+_CHUNK = re.compile(r"(\d+)-(\d+)\.npz")
+
+
+class DamagedChunk(DamagedFile):
+    """A chunk is missing or is not what was written."""
+
+    def __init__(self, message: str, chunk: Chunk) -> None:
+        super().__init__(message)
+        self.chunk = chunk
 
 
 class Store:
@@ -40,6 +51,7 @@ class Store:
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
+        self._group = Group()
         if not (self.folder / "manifest.json").is_file():
             raise UserError(
                 f"'{folder}' is not a run folder (no manifest.json); give the --out folder of `evalbench run`"
@@ -63,6 +75,13 @@ class Store:
             latest[record.cell.id, record.kind, record.variant] = record
         return list(latest.values())
 
+    def records_after(self, known: int) -> list[Record]:
+        """Records in the order they were written, without the first `known`."""
+        return [
+            record_from_json(line, where=f"{self.folder / 'records.jsonl'}, line {number}")
+            for number, line in enumerate(self._lines()[known:], start=known + 1)
+        ]
+
     def _lines(self) -> list[str]:
         file = self.folder / "records.jsonl"
         if not file.is_file():
@@ -73,13 +92,9 @@ class Store:
         return [line for line in lines[:-1] if line]
 
     def append(self, record: Record) -> None:
-        """Add a record, durably."""
-        file = self.folder / "records.jsonl"
-        with file.open("ab+") as stream:
-            _cut_torn_line(stream)
-            stream.write(record.to_json().encode() + b"\n")
-            stream.flush()
-            os.fsync(stream.fileno())
+        """Add a record, durably, after the chunks it was made of."""
+        self.flush()
+        append_line(self.folder / "records.jsonl", record.to_json())
 
     # --- chunks ---
 
@@ -87,33 +102,52 @@ class Store:
         """Where a chunk lies."""
         return self.folder / "chunks" / chunk.cell_id / f"{chunk.start:08d}-{chunk.stop:08d}.npz"
 
+    def present_chunks(self, cell_id: str) -> set[Chunk]:
+        """Chunks of a cell that have a file, whatever is in it."""
+        try:
+            names = os.listdir(self.folder / "chunks" / cell_id)
+        except FileNotFoundError:
+            return set()
+        found = (_CHUNK.fullmatch(name) for name in names)
+        return {Chunk(cell_id, int(match[1]), int(match[2])) for match in found if match}
+
     def write_chunk(self, chunk: Chunk, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> None:
-        """Write a chunk atomically: a reader sees the whole chunk or none."""
-        _write_npz(self.chunk_file(chunk), arrays, facts)
+        """Write a chunk atomically: a reader sees the whole chunk or none. `flush` makes it durable."""
+        write_npz(self.chunk_file(chunk), arrays, {**facts, "chunk": list(chunk)}, group=self._group)
 
     def read_chunk(self, chunk: Chunk) -> dict[str, np.ndarray]:
-        """All arrays of a chunk but its facts.
+        """All arrays of a chunk but its facts, checked against the digest inside.
 
         Raises:
-            EvalbenchError: missing or damaged.
+            DamagedChunk: missing, damaged, or another chunk under this name.
         """
-        file = self.chunk_file(chunk)
         try:
-            # numpy leaves a file of its own open when it is damaged
-            with file.open("rb") as stream, np.load(stream, allow_pickle=False) as content:
-                return {name: content[name] for name in content.files if name != "facts"}
-        except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
-            raise EvalbenchError(f"chunk {file} cannot be read ({error}); delete it and run again") from None
+            arrays, facts = read_npz(self.chunk_file(chunk))
+        except DamagedFile as error:
+            raise DamagedChunk(f"chunk {error}; delete it and run again", chunk) from None
+        self._check_place(chunk, facts)
+        return arrays
 
     def chunk_facts(self, chunk: Chunk) -> dict[str, Any] | None:
         """Facts of a chunk with the names of its arrays under `arrays`; None when missing or damaged."""
         try:
-            with self.chunk_file(chunk).open("rb") as stream, np.load(stream, allow_pickle=False) as content:
-                facts: dict[str, Any] = json.loads(str(content["facts"]))
-                facts["arrays"] = [name for name in content.files if name != "facts"]
-                return facts
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError):
+            names, facts = read_facts(self.chunk_file(chunk))
+            self._check_place(chunk, facts)
+        except DamagedFile:
             return None
+        return facts | {"arrays": names}
+
+    def remove_chunk(self, chunk: Chunk) -> None:
+        """Forget a chunk, so that it is computed again."""
+        self.chunk_file(chunk).unlink(missing_ok=True)
+
+    def flush(self) -> None:
+        """Make every chunk written so far durable."""
+        self._group.flush()
+
+    def _check_place(self, chunk: Chunk, facts: Mapping[str, Any]) -> None:
+        if facts.get("chunk") != list(chunk):
+            raise DamagedChunk(f"chunk {self.chunk_file(chunk)} holds another chunk; delete it and run again", chunk)
 
     # --- what methods prepared ---
 
@@ -122,25 +156,20 @@ class Store:
         return self.folder / "artifacts" / f"{key}.npz"
 
     def write_artifacts(self, key: str, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> None:
-        """Write what a preparation made, atomically."""
-        _write_npz(self.artifact_file(key), arrays, facts)
+        """Write what a preparation made, atomically and through to the disk."""
+        write_npz(self.artifact_file(key), arrays, facts)
 
     def read_artifacts(self, key: str) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
         """Arrays and facts of a preparation; None when missing or damaged (it is then made again)."""
         try:
-            with self.artifact_file(key).open("rb") as stream, np.load(stream, allow_pickle=False) as content:
-                arrays = {name: content[name] for name in content.files if name != "facts"}
-                return arrays, json.loads(str(content["facts"]))
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError):
+            return read_npz(self.artifact_file(key))
+        except DamagedFile:
             return None
 
     def images(self, cell_id: str) -> np.ndarray | None:
         """The kept uint8 images of a cell from sample 0 on, (n, C, H, W); None when there are none."""
-        found = []
-        for file in sorted((self.folder / "chunks" / cell_id).glob("*.npz")):
-            with np.load(file, allow_pickle=False) as content:
-                if "images" in content.files and len(content["images"]):
-                    found.append(content["images"])
+        blocks = (self.read_chunk(chunk).get("images", ()) for chunk in sorted(self.present_chunks(cell_id)))
+        found = list(itertools.takewhile(len, blocks))
         return np.concatenate(found) if found else None
 
     def per_sample(self, cell_id: str) -> dict[str, np.ndarray]:
@@ -161,38 +190,12 @@ class Store:
         return {name: np.concatenate(found) for name, found in whole.items()}
 
 
-def _write_npz(file: Path, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> None:
-    """Arrays and JSON facts in one file: a reader sees all of it or nothing."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as stream:
-            np.savez(stream, allow_pickle=False, **arrays, facts=np.array(json.dumps(facts, sort_keys=True)))
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, file)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        if error.errno == errno.ENOSPC:
-            raise EvalbenchError(f"disk full while writing {file}; free space and run the same command again") from None
-        raise
-
-
-def _cut_torn_line(stream: Any) -> None:
-    """Drop an unfinished last line left by a kill, so that the next record starts on a line of its own."""
-    end = stream.seek(0, os.SEEK_END)
-    if end == 0:
-        return
-    stream.seek(0)
-    content = stream.read()
-    if not content.endswith(b"\n"):
-        stream.truncate(content.rfind(b"\n") + 1)
-        stream.seek(0, os.SEEK_END)
-
-
 @contextlib.contextmanager
-def open_run(folder: Path | str, suite: Suite, plugins: Mapping[str, str]) -> Iterator[Store]:
+def open_run(folder: Path | str, suite: Suite, plugins: Mapping[str, str], *, shared: bool = False) -> Iterator[Store]:
     """Create or reopen a run folder for writing, locked against a second writer.
+
+    Args:
+        shared: other processes that say so too may write at the same time (shards of a job array).
 
     Raises:
         UserError: the folder cannot be made, holds another suite or suite version, or is being written.
@@ -200,24 +203,39 @@ def open_run(folder: Path | str, suite: Suite, plugins: Mapping[str, str]) -> It
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
+        (folder / ".lock").touch()
     except OSError as error:
         raise UserError(f"cannot write to --out '{folder}': {error.strerror}; choose another folder") from None
-    with lock:
+    with hold_run(folder, shared=shared):
+        _check_manifest(folder, suite, plugins)
+        store = Store(folder)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield store
+        finally:
+            store.flush()
+
+
+@contextlib.contextmanager
+def hold_run(folder: Path, *, shared: bool = False) -> Iterator[None]:
+    """Keep other writers out of a run folder, for a block.
+
+    Raises:
+        UserError: another process writes to it.
+    """
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except OSError:
             raise UserError(
                 f"another evalbench is writing to '{folder}'; wait for it or choose another --out"
             ) from None
-        _check_manifest(folder, suite, plugins)
-        yield Store(folder)
+        yield
 
 
 def _check_manifest(folder: Path, suite: Suite, plugins: Mapping[str, str]) -> None:
     file = folder / "manifest.json"
     if not file.is_file():
-        if any(entry.name != ".lock" for entry in folder.iterdir()):
+        if any(not entry.name.startswith(".") for entry in folder.iterdir()):
             raise UserError(f"--out '{folder}' is not empty and not a run folder; choose another")
         _write_manifest(file, suite, plugins, created=datetime.datetime.now(datetime.UTC).isoformat())
         return
@@ -246,10 +264,3 @@ def _write_manifest(file: Path, suite: Suite, plugins: Mapping[str, str], create
         "created": created,
     }
     write_atomic(file, json.dumps(content, indent=1, sort_keys=True) + "\n")
-
-
-def write_atomic(file: Path, text: str) -> None:
-    """Write a text file so that a reader sees the old or the new content, never half."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8", newline="\n")
-    os.replace(temporary, file)

@@ -6,6 +6,7 @@ suite's size (a short one is padded with the following indices and the padding d
 
 from __future__ import annotations
 
+import gc
 import time
 import traceback
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-from evalbench import environment, registry
+from evalbench import environment, registry, sampling
 from evalbench.cost.ledger import Ledger
 from evalbench.errors import BadSamples, Unsupported, UserError
 from evalbench.interfaces import Artifact, Extractor, Model, Parts, SampleBatch
@@ -82,11 +83,16 @@ class PreparedResult:
 
 @dataclass(frozen=True)
 class JobFailure:
-    """A job that raised; the cell becomes an error row, or `unsupported` when the pair lacks a capability."""
+    """A job that raised; the cell becomes an error row, or `unsupported` when the pair lacks a capability.
+
+    Attributes:
+        out_of_memory: worth another try, once, on a worker that holds nothing yet.
+    """
 
     job: Job | PrepareJob
     failure: Failure
     unsupported: bool
+    out_of_memory: bool = False
 
 
 def describe() -> dict[str, Any]:
@@ -103,7 +109,23 @@ def run_job(job: Job | PrepareJob) -> Outcome:
     try:
         return _run_prepare(job) if isinstance(job, PrepareJob) else _run_chunk(job)
     except Exception as error:  # whatever a method raises is that cell's record
-        return JobFailure(job, _failure(error), isinstance(error, Unsupported))
+        return JobFailure(job, _failure(error), isinstance(error, Unsupported), _is_out_of_memory(error))
+
+
+def forget() -> None:
+    """Let go of models, feature networks and the device's cached memory."""
+    sampling.forget()
+    _extractor.cache_clear()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """The device's memory, or the host's (which torch reports as a plain RuntimeError)."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 def _run_prepare(job: PrepareJob) -> PreparedResult:

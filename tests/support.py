@@ -157,3 +157,15 @@ def run_serial(wanted: Request, out: Path) -> tuple[list[Record], CountingExecut
     """Run here and say what was computed."""
     executor = CountingExecutor()
     return runner.run(wanted, out, lambda: executor), executor
+
+
+def descends(pid: int, ancestor: int) -> bool:
+    """Whether a process belongs to this test's Ray, and not to somebody else's on the machine."""
+    while pid > 1:
+        if pid == ancestor:
+            return True
+        try:
+            pid = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+        except OSError:
+            return False
+    return False

@@ -47,7 +47,10 @@ ARROWS: dict[str, set[str]] = {
     "images_in": {"interfaces"},
     "reference_files": {"metrics", "images_in"},
     "score": {"reference_files"},
-    "store": {"spec"},
+    "durable": {"errors"},
+    "leases": {"errors"},
+    "observer": {"errors"},
+    "store": {"spec", "durable"},
     "reduce": {"metrics", "store", "stats"},
     "suite_references": {"spec"},
     "compare": {"stats", "store", "metrics", "suite_references", "report"},  # the paired statistics; the rendering
@@ -56,11 +59,16 @@ ARROWS: dict[str, set[str]] = {
     "preparation": {"sampling", "metrics"},
     "worker": {"preparation", "suite_references"},
     "timing": {"sampling", "metrics"},
-    "cluster": {"worker", "timing"},
+    "failures": {"worker"},
+    "execution": {"failures", "timing"},
+    "cluster": {"execution"},
+    "shards": {"failures", "leases"},
+    "plan": {"worker", "timing", "reduce"},
     "artifacts": {"worker", "store"},
     "claim_words": {"stats", "interfaces"},
     "claims": {"claim_words", "runner", "report"},  # report: the rendering
-    "runner": {"cluster", "worker", "reduce", "store", "artifacts"},
+    "upkeep": {"store", "report"},
+    "runner": {"cluster", "plan", "shards", "reduce", "store", "artifacts", "observer"},
 }
 # Components of their own inside a package that stands higher or lower.
 LEAVES = {

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support import MISBEHAVING, request, run_serial, small_suite
+from support import MISBEHAVING, descends, request, run_serial, small_suite
 
 from evalbench import runner
 from evalbench.cluster import RayExecutor
@@ -48,7 +48,31 @@ def _arrays(file: Path) -> dict[str, bytes]:
     import numpy as np
 
     with np.load(file) as content:
-        return {name: content[name].tobytes() for name in content.files if name != "facts"}
+        return {name: content[name].tobytes() for name in content.files if name not in ("facts", "sha256")}
+
+
+def test_a_local_ray_listens_on_loopback_alone(ray_two: RayExecutor) -> None:
+    import os
+
+    ray_two.environment()
+    mine, ours, listening = os.getpid(), set(), {}
+    for name in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A":
+                listening[f"socket:[{fields[9]}]"] = fields[1].split(":")[0]
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit() or not descends(int(entry.name), mine):
+            continue
+        for handle in os.listdir(entry / "fd"):
+            try:
+                ours.add(os.readlink(entry / "fd" / handle))
+            except OSError:
+                continue
+    found = {listening[socket] for socket in ours if socket in listening}
+    assert found, "Ray listens"
+    loopback = {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
+    assert found <= loopback
 
 
 def test_a_dying_worker_is_an_error_row_and_the_rest_is_complete(ray_two: RayExecutor, tmp_path: Path) -> None:

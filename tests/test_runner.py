@@ -61,8 +61,8 @@ def test_an_interrupted_run_continues_to_the_same_records(tmp_path: Path) -> Non
 
 def test_chunks_of_another_fingerprint_class_are_not_mixed_in(tmp_path: Path) -> None:
     class Elsewhere(SerialExecutor):
-        def environment(self):  # type: ignore[no-untyped-def]
-            return super().environment() | {"class": "another"}
+        def environment(self, preferred=()):  # type: ignore[no-untyped-def]
+            return super().environment(preferred) | {"class": "another"}
 
     wanted = request(small_suite(samples=64), ["ddim"])
     run_serial(wanted, tmp_path)

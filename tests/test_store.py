@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from support import small_suite
 
+from evalbench.durable import GROUP, LARGE, Group
 from evalbench.errors import EvalbenchError, UserError
 from evalbench.spec import Cell, Chunk, Record
-from evalbench.store import Store, open_run
+from evalbench.store import DamagedChunk, Store, open_run
 
 
 def _record(nfe: int = 5, **changes: object) -> Record:
@@ -61,25 +67,105 @@ def test_chunks_come_back_as_written(store: Store) -> None:
     for name, values in store.read_chunk(chunk).items():
         np.testing.assert_array_equal(values, arrays[name])
     facts = store.chunk_facts(chunk)
-    assert facts == {"seconds": 1.5, "arrays": ["x", "images"]}
+    assert facts == {"seconds": 1.5, "arrays": ["x", "images"], "chunk": ["cell", 0, 4]}
     assert not list((store.folder / "chunks" / "cell").glob(".*")), "no temporary file stays"
 
 
 def test_equal_chunks_are_equal_bytes(store: Store) -> None:
-    one, other = Chunk("a", 0, 2), Chunk("b", 0, 2)
-    for chunk in (one, other):
+    chunk = Chunk("a", 0, 2)
+    written = []
+    for _ in range(2):
         store.write_chunk(chunk, {"x": np.ones((2, 3))}, {})
-    assert store.chunk_file(one).read_bytes() == store.chunk_file(other).read_bytes()
+        written.append(store.chunk_file(chunk).read_bytes())
+    assert written[0] == written[1]
 
 
-def test_a_cut_chunk_is_not_there(store: Store) -> None:
+def _cut(content: bytes) -> bytes:
+    return content[:-40]
+
+
+def _emptied(content: bytes) -> bytes:
+    return b""
+
+
+def _forged(content: bytes) -> bytes:
+    """Another value with a zip of its own that is sound: only the digest can tell."""
+    with np.load(io.BytesIO(content), allow_pickle=False) as old:
+        arrays = dict(old)
+    arrays["x"] = arrays["x"] + 1
+    stream = io.BytesIO()
+    np.savez(stream, **arrays)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("damage", [_cut, _emptied, _forged])
+def test_a_damaged_chunk_is_named(store: Store, damage: Callable[[bytes], bytes]) -> None:
     chunk = Chunk("cell", 0, 2)
     store.write_chunk(chunk, {"x": np.ones((2, 300))}, {})
     file = store.chunk_file(chunk)
-    file.write_bytes(file.read_bytes()[:-40])
-    assert store.chunk_facts(chunk) is None
-    with pytest.raises(EvalbenchError, match="delete it and run again"):
+    file.write_bytes(damage(file.read_bytes()))
+    assert damage is _forged or store.chunk_facts(chunk) is None
+    with pytest.raises(DamagedChunk, match=r"00000000-00000002\.npz is damaged .*; delete it and run again") as raised:
         store.read_chunk(chunk)
+    assert raised.value.chunk == chunk
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+def test_a_flipped_bit_is_found_or_changes_nothing(store: Store, place: float, bit: int) -> None:
+    chunk, arrays = Chunk("cell", 0, 2), {"x": np.arange(60.0).reshape(2, 30), "y": np.ones(2, np.uint8)}
+    store.write_chunk(chunk, arrays, {"seconds": 1.0})
+    file = store.chunk_file(chunk)
+    content = bytearray(file.read_bytes())
+    content[int(place * len(content))] ^= 1 << bit
+    file.write_bytes(content)
+    try:
+        found = store.read_chunk(chunk)
+    except DamagedChunk:
+        return
+    assert {name: values.tobytes() for name, values in found.items()} == {k: v.tobytes() for k, v in arrays.items()}
+
+
+def test_a_chunk_under_another_name_is_not_that_chunk(store: Store) -> None:
+    one, other = Chunk("cell", 0, 2), Chunk("cell", 2, 4)
+    store.write_chunk(one, {"x": np.ones((2, 3))}, {})
+    store.chunk_file(one).rename(store.chunk_file(other))
+    assert store.chunk_facts(other) is None
+    with pytest.raises(DamagedChunk, match="holds another chunk"):
+        store.read_chunk(other)
+
+
+def test_small_chunks_are_made_durable_in_groups_and_before_a_record(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+    flush = Group.flush
+    monkeypatch.setattr(Group, "flush", lambda self: (synced.append(len(self._files)), flush(self)))
+    monkeypatch.setattr("evalbench.durable.SECONDS", 3600.0)
+    for i in range(GROUP + 3):
+        store.write_chunk(Chunk("cell", i, i + 1), {"x": np.ones(1)}, {})
+    assert synced == [GROUP]
+    store.append(_record())
+    assert synced == [GROUP, 3]
+    store.write_chunk(Chunk("cell", 0, 4), {"x": np.ones(LARGE // 8)}, {})
+    assert store._group._files == [], "a large chunk goes to the disk by itself"
+
+
+def test_a_full_disk_is_one_line_and_leaves_what_was_there(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.append(_record())
+    before = (store.folder / "records.jsonl").read_bytes()
+    chunk = Chunk("cell", 0, 2)
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(EvalbenchError, match=r"disk full while writing .*records\.jsonl; free space and run the same"):
+        store.append(_record(nfe=6))
+    assert (store.folder / "records.jsonl").read_bytes() == before
+    with pytest.raises(EvalbenchError, match="disk full"):
+        store.write_chunk(chunk, {"x": np.ones(LARGE // 8)}, {})
+    assert not [file for file in store.chunk_file(chunk).parent.iterdir() if file.is_file()]
 
 
 def test_another_suite_or_version_is_refused(store: Store) -> None:

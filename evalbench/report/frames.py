@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from evalbench.durable import write_atomic
 from evalbench.report.text import first_line
 from evalbench.report.view import display_names, finite, metric_ids, reason, why_missing
 from evalbench.spec import Latency, Record, Suite
@@ -155,9 +155,7 @@ def write_timings(records: Iterable[Record], path: Path) -> Path:
 
 def write_bytes(path: Path, content: bytes) -> Path:
     """Write a file so that a reader sees the old or the new content, never half."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    write_atomic(path, content)
     return path
 
 
