@@ -3,7 +3,7 @@
     python docs/make.py lists                 docs/methods.md and docs/suites.md from the registry
     python docs/make.py claims                docs/claims.md and the README's table from results/claims.json
     python docs/make.py pictures RUN          docs/images/ from a run folder (`make quickstart` leaves one)
-    python docs/make.py gallery RUN           docs/images/gallery/ from a run of images with guidance scales and latencies
+    python docs/make.py gallery RUN           docs/images/gallery/ from a timed run of images at three scales
     python docs/make.py pandas                docs/pandas.md: its blocks are run, what they print stands below them
 
 tests/test_docs.py fails when the lists or what docs/pandas.md prints are not current.
