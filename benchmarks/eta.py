@@ -45,7 +45,7 @@ def main() -> None:
     executors = []
 
     def executor() -> runner.Executor:
-        executors.append(api.make_executor(serial=serial, workers=None, address=None))
+        executors.append(api.Placement(serial=serial).executor())
         return executors[0]
 
     with tempfile.TemporaryDirectory() as folder, Watched() as bar:
