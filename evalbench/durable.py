@@ -134,6 +134,8 @@ def _opened(file: Path) -> Iterator[Any]:
         raise DamagedFile(f"{file} is missing") from None
     except (OSError, ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if "pickled" in reason:  # what numpy takes any other file for, with advice that would be harmful
+            reason = "not an npz file"
         raise DamagedFile(f"{file} is damaged ({reason})") from None
 
 

@@ -14,18 +14,13 @@ import torch
 
 from evalbench import preparation, registry, sampling
 from evalbench.cost.ledger import Ledger
-from evalbench.metrics.frechet import (
-    Gaussian,
-    frechet_distance,
-    half_split_bias,
-    moments,
-    paired_difference,
-    unpack_statistics,
-)
+from evalbench.metrics.frechet import Fit, Gaussian, moments, unpack_statistics
+from evalbench.metrics.unbiased import paired_difference
 from evalbench.preparation import SEARCH
 from evalbench.registry import Chain
 from evalbench.runner import make_cell
 from evalbench.spec import load_suite
+from evalbench.stats import t_interval
 
 HELD_OUT = 4096  # 64 samples per dimension, of run seed 0
 SEARCHED_STEPS = "autodiffusion(population=30,epochs=8,samples=1000)"
@@ -82,17 +77,17 @@ def held_out(text: str, nfe: int, n: int) -> np.ndarray:
 
 def distance(text: str, nfe: int, n: int = HELD_OUT) -> float:
     x = held_out(text, nfe, n)
-    plug_in = frechet_distance(moments(x).gaussian(), reference())
-    return plug_in - half_split_bias(x, plug_in, reference())
+    fit = Fit((x,), reference(), moments(x))
+    return fit.whole.distance - fit.bias
 
 
 def assert_better(text: str, baseline: str, nfe: int, *, known: float | None, n: int = HELD_OUT) -> None:
     """The verdict's interval is below zero, and the ratio is within a factor of 2 of the catalogue's."""
     ratio = distance(text, nfe, n) / distance(baseline, nfe, n)
     difference = paired_difference(held_out(text, nfe, n), held_out(baseline, nfe, n), reference())
-    print(f"{text} {nfe}: {ratio:.3f} of {baseline}, catalogue {known}, {difference.low:.4f}..{difference.high:.4f}")
-    assert difference.high is not None
-    assert difference.high < 0
+    found = t_interval(difference.value, difference.error.se, difference.error.df)
+    print(f"{text} {nfe}: {ratio:.3f} of {baseline}, catalogue {known}, {found.low:.4f}..{found.high:.4f}")
+    assert found.high < 0
     if known is not None:
         assert known / 2 < ratio < known * 2
 
