@@ -467,7 +467,7 @@ def test_damaged_chunk_is_4(runs: Path, edited: Callable[..., Path]) -> None:
     folder = edited(lambda record: record)
     for chunk in (folder / "chunks").rglob("*.npz"):
         chunk.write_bytes(b"no chunk")
-    with pytest.raises(EvalbenchError, match="is damaged .*; delete it and run again") as caught:
+    with pytest.raises(EvalbenchError, match=r"is damaged .*; delete it and run again") as caught:
         compare_runs(runs / "a", folder)
     assert caught.value.exit_code == 4
 

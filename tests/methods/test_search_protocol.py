@@ -14,7 +14,7 @@ import torch
 
 from evalbench import preparation, registry, sampling
 from evalbench.cost.ledger import Ledger
-from evalbench.metrics.frechet import Fit, Gaussian, moments, unpack_statistics
+from evalbench.metrics.frechet import Fit, Gaussian, frechet_distance, moments, unpack_statistics
 from evalbench.metrics.unbiased import paired_difference
 from evalbench.preparation import SEARCH
 from evalbench.registry import Chain
