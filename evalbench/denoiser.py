@@ -159,7 +159,9 @@ class NetworkDoor(Denoiser):
     def _forward(self, x: torch.Tensor, t: Time, cond: Cond) -> Callable[[], torch.Tensor]:
         alpha = on_path(self.path.alpha, self.path.d_alpha, t, x)
         sigma = on_path(self.path.sigma, self.path.d_sigma, t, x)
-        return lambda: self.model.predict(x, t, alpha, sigma, cond.labels)
+        with span(self.stopwatch, "conditioning"):
+            given = self.model.given(cond)
+        return lambda: self.model.predict(x, t, alpha, sigma, given)
 
     def _unit(self, x: torch.Tensor, t: Time, cond: Cond) -> float:
         """FLOPs of a row of one full forward of the base model, at x's batch; NaN when they cannot be counted."""

@@ -487,7 +487,7 @@ class Model(Registered, ABC):
     Attributes:
         native: what `predict` returns.
         shape: shape of one sample. num_classes: 0 for an unconditional model.
-        is_image: samples live in [-1, 1] and become uint8 images.
+        is_image: `decode` makes images in [-1, 1] of samples, which become uint8.
         provides: capabilities for methods (`labels` when a null label exists).
     """
 
@@ -504,8 +504,32 @@ class Model(Registered, ABC):
         return None
 
     @abstractmethod
-    def predict(self, x: torch.Tensor, t: Time, alpha: Time, sigma: Time, labels: torch.Tensor | None) -> torch.Tensor:
-        """The native prediction at state x, (B, *S); alpha, sigma belong to t; labels int64 (B,), -1 null."""
+    def predict(self, x: torch.Tensor, t: Time, alpha: Time, sigma: Time, labels: Any) -> torch.Tensor:
+        """The native prediction at state x, (B, *S).
+
+        Args:
+            t, alpha, sigma: the time and what belongs to it. labels: int64 (B,), -1 null, or None; or whatever else
+                `given` returns.
+        """
+
+    def given(self, cond: Cond) -> Any:
+        """What `predict` takes for a batch's conditions: a tensor, a tuple of tensors, or None.
+
+        Labels, unless a model reads texts. What is encoded here is no part of a forward: it is neither counted among
+        its FLOPs nor compiled with it. A text is encoded once and kept.
+        """
+        return cond.labels
+
+    def check(self) -> None:
+        """What can be wrong before a sample is drawn: weights that are missing, or not the suite's.
+
+        Raises:
+            UserError: with the file, and what to do.
+        """
+
+    def decode(self, x: torch.Tensor) -> torch.Tensor:
+        """Samples as images in [-1, 1], (B, C, H, W), of an image model; latents go through the decoder here."""
+        return x
 
     def to(self, dtype: torch.dtype, device: torch.device) -> None:
         """Load the weights, in `dtype` on `device`; called once before `predict`."""

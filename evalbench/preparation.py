@@ -20,10 +20,9 @@ from evalbench.cost.ledger import Ledger
 from evalbench.denoiser import Field
 from evalbench.interfaces import Artifact, Cond, Denoiser, Modifier, Preparation, SampleBatch, Step, Time, Want, Wrap
 from evalbench.metrics.frechet import Gaussian, frechet_distance, moments
-from evalbench.metrics.images import to_uint8
 from evalbench.noise import NoiseSource
 from evalbench.registry import Chain
-from evalbench.sampling import Setup, conditions, wrapped
+from evalbench.sampling import Setup, conditions, images_of, wrapped
 from evalbench.spec import Cell, Suite, content_id
 
 SEARCH = 2**32  # first seed of search noise and of the search split; run seeds lie below
@@ -173,8 +172,7 @@ class Context(Preparation):
         """Features of the suite's first Frechet distance; the samples themselves where it has none."""
         names = (self._setup.suite.metrics.primary, *self._setup.suite.metrics.names)
         extractor = next((name.partition("@")[2] for name in names if name.startswith("fd@")), "identity")
-        images = to_uint8(x) if self._setup.model.is_image else None
-        batch = SampleBatch(x, images, self.cond(range(len(x))), self._setup.model)
+        batch = SampleBatch(x, images_of(self._setup.model, x), self.cond(range(len(x))), self._setup.model)
         features: Any = registry.build_extractor(extractor)(batch).flatten(1)
         array: np.ndarray = features.cpu().numpy()
         return array

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 
 from evalbench import environment, registry
+from evalbench.cost.breakdown import Stopwatch, span
 from evalbench.cost.budget import BudgetUnit, nfe_of_budget, rows_per_evaluation
 from evalbench.cost.ledger import Ledger
 from evalbench.cost.variants import Variant
 from evalbench.denoiser import Field, NetworkDoor
 from evalbench.errors import BadSamples, Unsupported, UserError
 from evalbench.interfaces import Cond, Denoiser, Model
+from evalbench.metrics.images import to_uint8
 from evalbench.noise import NoiseSource
 from evalbench.paths import Path as NoisePath
 from evalbench.paths import grid, make_path
@@ -160,6 +162,15 @@ def wrapped(door: Denoiser, chain: Chain, guidance: float, wraps: int | None = N
     for wrap in chain.wraps[:wraps]:
         denoiser = wrap.wrap(denoiser)
     return denoiser
+
+
+def images_of(model: Model, x: torch.Tensor, stopwatch: Stopwatch | None = None) -> torch.Tensor | None:
+    """Finished images of samples, uint8 (B, C, H, W); None when the model makes none."""
+    if not model.is_image:
+        return None
+    with torch.no_grad(), span(stopwatch, "decoder"):
+        decoded = model.decode(x)
+    return to_uint8(decoded)
 
 
 def _check_shape(x: Any, x_T: torch.Tensor, chain: Chain) -> None:

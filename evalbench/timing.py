@@ -28,9 +28,8 @@ from evalbench.cost.processes import Launch, fresh, recheck_answers, sittings
 from evalbench.cost.variants import Variant
 from evalbench.errors import Unsupported
 from evalbench.interfaces import Artifact, Model
-from evalbench.metrics.images import to_uint8
 from evalbench.registry import Chain
-from evalbench.sampling import conditions, default_variant, sample, setup_of
+from evalbench.sampling import conditions, default_variant, images_of, sample, setup_of
 from evalbench.spec import Cell, EnergyUse, Failure, Latency, MemoryUse, Split, Suite, content_id
 
 MOST_SAMPLES = 64  # of a timed call; a suite's own batch may be larger
@@ -296,7 +295,8 @@ class CellStand(Stand):
 
         def run() -> torch.Tensor:
             x = sample(self.setup, chain, cell, indices, cond, Ledger(len(indices), budget=cell.nfe))
-            return to_uint8(x) if self.setup.model.is_image else x
+            images = images_of(self.setup.model, x, self.setup.door.stopwatch)
+            return x if images is None else images
 
         return run
 

@@ -21,10 +21,10 @@ from evalbench import environment, registry, sampling
 from evalbench.cost.ledger import Ledger
 from evalbench.errors import BadSamples, Unsupported, UserError
 from evalbench.interfaces import Artifact, Extractor, Model, Parts, SampleBatch
-from evalbench.metrics.images import check_images, to_uint8
+from evalbench.metrics.images import check_images
 from evalbench.preparation import Prepared, prepare
 from evalbench.registry import Chain
-from evalbench.sampling import Setup, conditions, noise_path, sample, setup_of
+from evalbench.sampling import Setup, conditions, images_of, noise_path, sample, setup_of
 from evalbench.spec import GRID_SAMPLES, Cell, Chunk, Failure, Suite
 from evalbench.suite_references import check_reference_file, read_reference
 
@@ -196,7 +196,7 @@ def _batch(
     cond = conditions(job.suite, setup.model, indices, setup.device)
     ledger = Ledger(len(indices), budget=job.cell.nfe)
     x = sample(setup, chain, job.cell, indices, cond, ledger)
-    batch = SampleBatch(x, to_uint8(x) if setup.model.is_image else None, cond, setup.model)
+    batch = SampleBatch(x, images_of(setup.model, x), cond, setup.model)
     _check(batch, keep)
     with torch.no_grad():
         arrays = {name: extract(batch)[:keep].cpu().numpy() for name, extract in extractors.items()}
@@ -244,9 +244,11 @@ def check_suite(suite: Suite) -> None:
     """Everything about a suite that can be wrong before the first sample is drawn.
 
     Raises:
-        UserError: unknown model, option or path; a reference file is missing or its SHA-256 is not the suite's.
+        UserError: unknown model, option or path; weights or a reference file are missing or not those of the suite.
     """
     model = registry.build_model(suite.model.loader, suite.model.options)
+    for each in (model, *(registry.build_model(role.loader, role.options) for role in suite.roles.values())):
+        each.check()
     noise_path(suite, model)
     _check_conditions(suite, model)
     for key, reference in suite.references.items():

@@ -42,7 +42,8 @@ ARROWS: dict[str, set[str]] = {
     "denoiser": {"registry", "predictions", "cost.ledger", "cost.flops", "cost.breakdown"},
     "cost": {"denoiser", "stats", "environment", "cost.speedup"},
     "models": {"registry", "denoiser", "models.nets"},
-    "models.references": {"worker", "models.nets"},  # scripts that make what suites refer to; nothing imports them
+    # scripts that make what suites refer to; nothing imports them
+    "models.references": {"worker", "store", "models.nets"},
     "metrics": {"registry", "stats", "weights", "models.nets", "models.inception"},
     "images_in": {"interfaces"},
     "reference_files": {"metrics", "images_in"},
@@ -55,7 +56,7 @@ ARROWS: dict[str, set[str]] = {
     "suite_references": {"spec"},
     "compare": {"stats", "store", "metrics", "suite_references", "report"},  # the paired statistics; the rendering
     "report": {"store", "stats", "cost.speedup"},
-    "sampling": {"models", "engine", "cost", "environment"},
+    "sampling": {"models", "engine", "cost", "environment", "metrics"},
     "preparation": {"sampling", "metrics"},
     "worker": {"preparation", "suite_references"},
     "timing": {"sampling", "metrics"},

@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from evalbench.errors import Unsupported, UserError, unknown
 from evalbench.interfaces import Model
@@ -130,7 +131,7 @@ class _Executed:
     def __call__(self, x: torch.Tensor, *rest: Any) -> torch.Tensor:
         dtype = self.variant.torch_dtype
         with self.variant.kernel():
-            return self.forward(*(_as(value, dtype) for value in (x, *rest))).to(x.dtype)
+            return self.forward(*tree_map(lambda value: _as(value, dtype), (x, *rest))).to(x.dtype)
 
 
 def _as(value: Any, dtype: torch.dtype) -> Any:
@@ -149,18 +150,19 @@ class _Replayed:
         self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, *arguments: Any) -> torch.Tensor:
-        key = tuple((tuple(a.shape), a.dtype) if isinstance(a, torch.Tensor) else a for a in arguments)
+        flat, shape = tree_flatten(arguments)
+        key = (shape, *((tuple(a.shape), a.dtype) if isinstance(a, torch.Tensor) else a for a in flat))
         if key not in self.graphs:
             self.graphs[key] = self._record(arguments)
         graph, inputs, output = self.graphs[key]
-        for own, given in zip(inputs, arguments, strict=True):
+        for own, given in zip(inputs, flat, strict=True):
             if isinstance(own, torch.Tensor):
                 own.copy_(given)
         graph.replay()
         return output.clone()
 
     def _record(self, arguments: tuple[Any, ...]) -> tuple[torch.cuda.CUDAGraph, tuple[Any, ...], torch.Tensor]:
-        inputs = tuple(a.clone() if isinstance(a, torch.Tensor) else a for a in arguments)
+        inputs = tree_map(lambda a: a.clone() if isinstance(a, torch.Tensor) else a, arguments)
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -170,4 +172,4 @@ class _Replayed:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):
             output = self.predict(*inputs)
-        return graph, inputs, output
+        return graph, tuple(tree_leaves(inputs)), output

@@ -19,8 +19,9 @@ def check_images(images: torch.Tensor, x: torch.Tensor | None = None, *, shape: 
     """Raise on samples that no score may be computed from; none is ever dropped.
 
     Args:
-        images: uint8 (B, *S). x: the samples they were made from, (B, *S); looked at for NaN and for duplicates, as
-            samples that differ may round to one image. shape: S as planned; None when any will do.
+        images: uint8 (B, *S). x: the samples they were made from, (B, *S), or the latents they were decoded from;
+            looked at for NaN and for duplicates, as samples that differ may round to one image. shape: S as planned;
+            None when any will do.
 
     Raises:
         BadSamples: wrong size or dtype, NaN or infinity, a constant image, or two equal samples.
@@ -31,8 +32,8 @@ def check_images(images: torch.Tensor, x: torch.Tensor | None = None, *, shape: 
         raise BadSamples(f"images are {images.dtype}, expected torch.uint8; make them with to_uint8")
     if shape is not None and tuple(images.shape[1:]) != tuple(shape):
         raise BadSamples(f"images have size {tuple(images.shape[1:])}, expected {tuple(shape)}")
-    if x is not None and x.shape != images.shape:
-        raise BadSamples(f"samples {tuple(x.shape)} and images {tuple(images.shape)} differ in shape")
+    if x is not None and len(x) != len(images):
+        raise BadSamples(f"{len(x)} samples were made into {len(images)} images")
     count = len(images)
     if x is not None:
         bad = int((~x.isfinite()).flatten(1).any(1).sum())

@@ -3,10 +3,11 @@
     python -m evalbench.models.references.floors fashion-mixture --samples 2048,4096 [--what floor,blur,jpeg,duplicated]
     python -m evalbench.models.references.floors fashion-mixture --what itself
 
-Exact draws of the model (other seeds than the reference's) are scored like a method's samples; mean and standard
-deviation over repeats. `blur`, `jpeg` and `duplicated` are the same draws, spoiled: a metric that does not move for
-them sees little. `itself` scores the very draws that the reference was made of, all of them: a distance must be 0 but
-for rounding. Prints `[[floors]]` tables for the suite's TOML.
+Exact draws of the model (other seeds than the reference's), or real images that a trained model has not seen, are
+scored like a method's samples; mean and standard deviation over repeats. `blur`, `jpeg` and `duplicated` are the same
+images, spoiled: a metric that does not move for them sees little. `itself` scores the very draws that the reference
+was made of, all of them: a distance must be 0 but for rounding. What refers to a trained model's own converged samples
+has its floor from `make converged --floor`. Prints `[[floors]]` tables for the suite's TOML.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from evalbench import registry, worker
 from evalbench.interfaces import Cond, Metric, Model, SampleBatch
 from evalbench.metrics.images import to_uint8
 from evalbench.models.references import make
+from evalbench.models.zoo_models import FashionZoo
 from evalbench.spec import Suite, load_suite
 
 SEED = 3_000_003  # of the first repeat; the reference's own draws have another
@@ -50,14 +52,22 @@ WHAT = ("floor", *SPOILS, "duplicated", "itself")
 _extractor = lru_cache(registry.build_extractor)
 
 
+def perfect(model: Model, labels: np.ndarray, seed: int) -> tuple[torch.Tensor, np.ndarray]:
+    """What a perfect sampler would draw: samples in [-1, 1] and uint8 images, (N, 1, 32, 32)."""
+    if isinstance(model, FashionZoo):
+        images = model.held_out(labels, seed)
+        return torch.from_numpy(images).float() / 127.5 - 1.0, images
+    x = torch.from_numpy(model.draws(labels, seed)).float()  # type: ignore[attr-defined]
+    return x, to_uint8(x).numpy()
+
+
 def parts(model: Model, metrics: list[Metric[object]], samples: int, seed: int, what: str) -> dict[str, np.ndarray]:
     """What the extractors make of `samples` exact draws, spoiled or not; `duplicated` is the first half, twice."""
     labels = np.arange(samples) % model.num_classes
-    x = torch.from_numpy(model.draws(labels, seed)).float()  # type: ignore[attr-defined]
+    x, images = perfect(model, labels, seed)
     if what == "duplicated":
         once = np.arange(samples) % (samples // 2)
-        x, labels = x[once], labels[once]
-    images = to_uint8(x).numpy()
+        x, images, labels = x[once], images[once], labels[once]
     if what in SPOILS:
         images = np.stack([SPOILS[what](image[0])[None] for image in images])
     names = sorted({name for metric in metrics for name in metric.needs})
@@ -94,8 +104,11 @@ def main() -> None:
         parser.error(f"--what {args.what}: name any of {', '.join(WHAT)}")
     suite = load_suite(args.suite)
     model = registry.build_model(suite.model.loader, suite.model.options)
-    model.to(torch.float32, torch.device("cpu"))
+    if not isinstance(model, FashionZoo):  # whose networks have no part in this
+        model.to(torch.float32, torch.device("cpu"))
     metrics = [metric for name in suite.metrics.names if not (metric := registry.build_metric(name)).paired]
+    if isinstance(model, FashionZoo):
+        metrics = [metric for metric in metrics if not metric.reference_key.startswith("converged/")]
     for samples in map(int, args.samples.split(",")):
         for what in (one for one in wanted if one != "itself"):
             rows = [

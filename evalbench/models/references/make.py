@@ -1,7 +1,7 @@
 """Make the reference statistics that suites refer to: features of exact draws, of real images, of a fine solution.
 
     python -m evalbench.models.references.make draws fashion64
-    python -m evalbench.models.references.make converged fashion64
+    python -m evalbench.models.references.make converged fashion64 --suite fashion-dit --samples 3072
     python -m evalbench.models.references.make images fashion64 --data FOLDER
     python -m evalbench.models.references.make draws efficientnet-lite0-96 --samples 10240 --packed
 
@@ -24,20 +24,18 @@ from safetensors.numpy import save_file
 
 from evalbench import registry
 from evalbench.cost.ledger import Ledger
-from evalbench.denoiser import Field, NetworkDoor
 from evalbench.interfaces import Cond, Extractor, Model, SampleBatch
+from evalbench.metrics.frechet import frechet_distance, moments
 from evalbench.metrics.images import to_uint8
 from evalbench.models.data import fashion_train
-from evalbench.noise import NoiseSource
-from evalbench.paths import VPLinear
+from evalbench.sampling import Setup, conditions, images_of, sample, setup_of
+from evalbench.spec import Cell, Suite, content_id, load_suite
 
 FOLDER = Path(__file__).parent
-MODEL = "fashion-mixture"
 BATCH = 256
 SAMPLES = 20_480  # draws of a reference; a multiple of the batch
 DRAWS_SEED = 1_000_003  # of exact draws
 CONVERGED_SEED = 2_000_003  # noise of the fine solution: far from the run seeds that suites use
-FINE_METHOD, FINE_NFE, FINE_GRID = "unipc(order=3)", 64, "karras"  # those of the suite's [solution]
 KEPT = 10_240  # features kept for kernel distances
 
 Batches = Iterator[SampleBatch]
@@ -52,22 +50,29 @@ def draws(model: Model, samples: int) -> Batches:
         yield SampleBatch(x[rows], to_uint8(x[rows]), Cond(torch.from_numpy(labels[rows])), model)
 
 
-def converged(model: Model, samples: int) -> Batches:
-    """A fine solution from noise of its own: what every solver converges to on this model."""
-    path = VPLinear()
-    door = NetworkDoor(model, path, FINE_GRID)
-    solver = registry.build_method(FINE_METHOD).solver
+def converged(setup: Setup, samples: int) -> Batches:
+    """The suite's fine solution from noise of its own: what every solver converges to on its model."""
+    suite = setup.suite
+    assert suite.solution is not None
+    chain = registry.build_method(suite.solution.method)
+    cell = Cell(
+        suite=suite.name,
+        suite_version=suite.version,
+        generation=content_id(suite.generation()),
+        method=chain.text,
+        settings=content_id(chain.settings()),
+        nfe=suite.solution.nfe,
+        guidance=suite.sampling.guidance,
+        seed=CONVERGED_SEED,
+    )
     for start in range(0, samples, BATCH):
         indices = range(start, start + BATCH)
-        cond = Cond(torch.tensor([i % model.num_classes for i in indices]))
-        noise = NoiseSource(CONVERGED_SEED, indices, model.shape)
-        door.ledger = Ledger(BATCH)
-        x_T = noise.start() * float(path.sigma(path.t_start))
-        x = solver.sample(Field(door, door.ledger), x_T, cond, FINE_NFE, noise)
-        yield SampleBatch(x, to_uint8(x), cond, model)
+        cond = conditions(suite, setup.model, indices, setup.device)
+        x = sample(setup, chain, cell, indices, cond, Ledger(BATCH, budget=cell.nfe))
+        yield SampleBatch(x, images_of(setup.model, x), cond, setup.model)
 
 
-def images(model: Model, data: str) -> Batches:
+def real_images(model: Model, data: str) -> Batches:
     """The 60,000 training images."""
     pixels, labels = fashion_train(data)
     for start in range(0, len(pixels), BATCH):
@@ -91,42 +96,57 @@ def statistics(values: np.ndarray, packed: bool, keep: int) -> dict[str, np.ndar
     return moments | ({"features": values[:keep].astype(np.float16)} if keep else {})
 
 
+def solution_text(suite: Suite) -> str:
+    """The fine solution in words."""
+    assert suite.solution is not None
+    guidance = f" guidance={suite.sampling.guidance:g}" if suite.sampling.guidance != 1.0 else ""
+    return f"{suite.solution.method} nfe={suite.solution.nfe} grid={suite.sampling.grid}{guidance}"
+
+
 def main() -> None:
     """Make one reference."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", choices=["draws", "converged", "images"])
     parser.add_argument("extractor")
+    parser.add_argument("--suite", default="fashion-mixture", help="whose model, solution and guidance")
     parser.add_argument("--samples", type=int, default=SAMPLES, help="a multiple of 256")
+    parser.add_argument("--floor", type=int, default=0, help="of converged: print what so many further samples score")
     parser.add_argument("--data", default=os.environ.get("EVALBENCH_DATA"), help="folder with the training idx files")
     parser.add_argument("--packed", action="store_true", help="covariance triangle in float32, no features")
     args = parser.parse_args()
-    if args.samples % BATCH:
-        parser.error(f"--samples must be a multiple of {BATCH}")
+    if args.samples % BATCH or args.floor % BATCH:
+        parser.error(f"--samples and --floor must be multiples of {BATCH}")
     if args.source == "images" and args.data is None:
         parser.error("give --data FOLDER or set EVALBENCH_DATA")
-    model = registry.build_model(MODEL, {})
-    model.to(torch.float32, torch.device("cpu"))
+    setup = setup_of(load_suite(args.suite), {})
+    if args.source == "converged" and setup.suite.solution is None:
+        parser.error(f"suite {args.suite} has no [solution]")
+    model = setup.model
     extract = registry.build_extractor(args.extractor)
     sources = {
         "draws": lambda: draws(model, args.samples),
-        "converged": lambda: converged(model, args.samples),
-        "images": lambda: images(model, args.data),
+        "converged": lambda: converged(setup, args.samples + args.floor),
+        "images": lambda: real_images(model, args.data),
     }
     with torch.no_grad():
         values = features(sources[args.source](), extract)
-    keep = KEPT if args.source == "draws" else 0
-    name = "fashion-mnist-train" if args.source == "images" else f"{MODEL}-{args.source}"
+    values, further = np.split(values, [args.samples]) if args.floor else (values, None)
+    keep = 0 if args.source == "converged" else KEPT
+    name = "fashion-mnist-train" if args.source == "images" else f"{setup.suite.name}-{args.source}"
     file = FOLDER / f"{name}.{args.extractor}.safetensors"
     facts = {
         "source": args.source,
         "n": str(len(values)),
         "extractor": extract.fingerprint(),
         "seed": str({"draws": DRAWS_SEED, "converged": CONVERGED_SEED}.get(args.source, "")),
-        "solution": f"{FINE_METHOD} nfe={FINE_NFE} grid={FINE_GRID}" if args.source == "converged" else "",
+        "solution": solution_text(setup.suite) if args.source == "converged" else "",
     }
     # one key: safetensors writes several in no fixed order, and the file's hash must be the same each time
     save_file(statistics(values, args.packed, keep), file, metadata={"facts": json.dumps(facts)})
     print(json.dumps({"file": file.name, **facts, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}))
+    if further is not None:
+        distance = frechet_distance(moments(further).gaussian(), moments(values).gaussian())
+        print(json.dumps({"metric": f"fd_to_converged@{args.extractor}", "samples": len(further), "floor": distance}))
 
 
 if __name__ == "__main__":

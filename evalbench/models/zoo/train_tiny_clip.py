@@ -11,8 +11,6 @@ from __future__ import annotations
 import gzip
 import json
 import time
-from collections import Counter
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,8 @@ import torch
 from open_clip.model import CLIP
 from torch.nn import functional as F
 
-from evalbench.models.nets import CLASS_NAMES, TINY_CLIP, TINY_CLIP_MERGES, caption, load_tiny_clip, named
+from evalbench.models.nets import CLASS_NAMES, TINY_CLIP, TINY_CLIP_MERGES, caption, load_tiny_clip
+from evalbench.models.zoo.captions import TEMPLATES, captions, learn_merges
 from evalbench.models.zoo.training import (
     Recipe,
     accuracy,
@@ -36,51 +35,7 @@ from evalbench.models.zoo.training import (
 
 RECIPE = Recipe(epochs=14, batch=256, seed=21, rate=2e-3, decay=5e-2, shift=1)
 MEAN, STD = [0.22] * 3, [0.33] * 3  # of the padded training images
-# {a} is the name with its article, {n} the name alone
-TEMPLATES = (
-    "a photo of {a}",
-    "a photo of one {n}",
-    "a picture of {a}",
-    "an image of {a}",
-    "a grey photo of {a}",
-    "a small photo of {a}",
-    "a photo of the {n}",
-    "the {n} in a photo",
-    "{a}",
-    "{n}",
-)
 TEXTS_PER_CLASS = 2  # templates drawn for each class at each step
-
-
-def captions() -> list[list[str]]:
-    """All captions of each class."""
-    return [[template.format(a=named(name), n=name) for template in TEMPLATES] for name in CLASS_NAMES]
-
-
-def learn_merges(texts: list[str]) -> list[tuple[str, str]]:
-    """Byte-pair merges (Sennrich et al. 2016) until every word of the texts is one token; ties by alphabet."""
-    counts = Counter(word for text in texts for word in text.replace("-", " - ").split())
-    words = {word: (*word[:-1], f"{word[-1]}</w>") for word in counts}
-    merges: list[tuple[str, str]] = []
-    while True:
-        pairs: Counter[tuple[str, str]] = Counter()
-        for word, parts in words.items():
-            for pair in pairwise(parts):
-                pairs[pair] += counts[word]
-        if not pairs:
-            return merges
-        merges.append(min(pairs, key=lambda pair: (-pairs[pair], pair)))
-        words = {word: _merged(parts, merges[-1]) for word, parts in words.items()}
-
-
-def _merged(parts: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
-    merged: list[str] = []
-    i = 0
-    while i < len(parts):
-        both = parts[i : i + 2] == pair
-        merged.append("".join(pair) if both else parts[i])
-        i += 2 if both else 1
-    return tuple(merged)
 
 
 def model_config(vocab_size: int) -> dict[str, Any]:

@@ -1,0 +1,136 @@
+"""Train `fashion-dit` and `fashion-dit-s`: diffusers' DiTTransformer2DModel in pixel space, class-conditional.
+
+Peebles & Xie 2023 (DiT) with v-prediction (Salimans & Ho 2022) on the linear schedule of Ho et al. 2020, label 10 for
+"any class". Both sizes see the same data on the same path. Every eighth step of the large one is on images halved to
+16x16, so that it also denoises those.
+
+python -m evalbench.models.zoo.train_fashion_dit --size base --data FOLDER
+python -m evalbench.models.zoo.train_fashion_dit --size small --data FOLDER
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from evalbench.models.zoo.generative import (
+    Recipe,
+    Training,
+    add_arguments,
+    chosen,
+    diffusers,
+    dropped,
+    parameters,
+    rows,
+    save_part,
+    train_images,
+    write_card,
+)
+from evalbench.models.zoo.training import Data
+
+CLASSES = 10  # label 10 is the null label
+SCHEDULER = {
+    "num_train_timesteps": 1000,
+    "beta_schedule": "linear",
+    "beta_start": 1e-4,
+    "beta_end": 0.02,
+    "prediction_type": "v_prediction",
+    "clip_sample": False,
+    "set_alpha_to_one": True,
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    """One of the two models.
+
+    Attributes:
+        name: of its folder. width, depth, heads: of the transformer; patches are 8x8 pixels.
+        low_every: every so many steps one on 16x16 images; 0 for never.
+    """
+
+    name: str
+    width: int
+    depth: int
+    heads: int
+    low_every: int
+    recipe: Recipe
+
+
+SIZES = {
+    "base": Size("fashion-dit", 144, 8, 4, 8, Recipe(steps=6000, batch=64, seed=41, rate=1e-3)),
+    "small": Size("fashion-dit-s", 96, 3, 3, 0, Recipe(steps=5000, batch=64, seed=42, rate=1.5e-3)),
+}
+
+
+def network(size: Size) -> Any:
+    """The untrained model; blocks start as the identity (adaLN-Zero, Peebles & Xie, section 3.2)."""
+    model = diffusers.DiTTransformer2DModel(
+        num_attention_heads=size.heads,
+        attention_head_dim=size.width // size.heads,
+        in_channels=1,
+        out_channels=1,
+        num_layers=size.depth,
+        sample_size=32,
+        patch_size=8,
+        num_embeds_ada_norm=CLASSES,
+    )
+    for block in model.transformer_blocks:
+        block.norm1.emb.class_embedder.dropout_prob = 0.0  # labels are dropped by the loss, from the step's generator
+        nn.init.zeros_(block.norm1.linear.weight)
+        nn.init.zeros_(block.norm1.linear.bias)
+    nn.init.zeros_(model.proj_out_2.weight)
+    nn.init.zeros_(model.proj_out_2.bias)
+    return model
+
+
+def v_loss(model: Any, data: Data, recipe: Recipe, generator: torch.Generator, low: bool) -> torch.Tensor:
+    """Mean squared error of v = alpha eps - sigma x0 at uniform time steps; with `low`, on images of half the size."""
+    x_0, labels = rows(data, recipe, generator)
+    if low:
+        x_0 = F.avg_pool2d(x_0, 2)  # (B, 1, 16, 16)
+    alphas_cumprod = diffusers.DDIMScheduler(**SCHEDULER).alphas_cumprod
+    t = torch.randint(len(alphas_cumprod), (len(x_0),), generator=generator)
+    noise = torch.randn(x_0.shape, generator=generator)
+    alpha = alphas_cumprod[t].sqrt()[:, None, None, None]
+    sigma = (1.0 - alphas_cumprod[t]).sqrt()[:, None, None, None]
+    given = dropped(labels, CLASSES, recipe, generator)
+    found = model(alpha * x_0 + sigma * noise, timestep=t, class_labels=given).sample
+    return F.mse_loss(found, alpha * noise - sigma * x_0)
+
+
+def main() -> None:
+    """Train one size and write its folder with its card."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, required=True)
+    size = SIZES[parser.parse_known_args()[0].size]
+    add_arguments(parser, size.recipe)
+    args = parser.parse_args()
+    recipe = chosen(parser, args, size.recipe)
+    model = network(size)
+    data = train_images(args.data)
+
+    def loss(generator: torch.Generator) -> torch.Tensor:
+        low = size.low_every > 0 and training.step % size.low_every == size.low_every - 1
+        return v_loss(model, data, recipe, generator, low)
+
+    training = Training(model, loss, recipe, args.work / size.name)
+    training.run()
+    folder = args.out / size.name
+    save_part(model, folder / "transformer")
+    diffusers.DDIMScheduler(**SCHEDULER).save_pretrained(folder / "scheduler")
+    facts = {
+        "what": f"DiTTransformer2DModel in pixel space, width {size.width}, depth {size.depth}, patches 8x8",
+        "parameters": parameters([model]),
+        "halved_images": f"every {size.low_every}th step" if size.low_every else "none",
+    }
+    write_card(folder, recipe, training, facts)
+
+
+if __name__ == "__main__":
+    main()
