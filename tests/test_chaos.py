@@ -146,6 +146,8 @@ def _start(command: list[str], errors: Path | None = None) -> subprocess.Popen[b
             stderr=stream,
             start_new_session=True,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
+            # tests that run in the background of a script inherit that Ctrl-C is ignored
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
 
