@@ -373,10 +373,13 @@ def verify_run(
 def gc(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
     features: Annotated[
-        bool, typer.Option("--features", help="Also drop feature arrays: no new metrics and no verdicts after that.")
+        bool,
+        typer.Option(
+            "--features", help="Also drop rows of features: they allow no new metric and no verdict after that."
+        ),
     ] = False,
 ) -> None:
-    """Remove what kills left behind; with --features also the large arrays. Records and counts always stay."""
+    """Remove what kills left behind; with --features also the large arrays. Records, counts and scores always stay."""
     from evalbench.upkeep import gc_command
 
     gc_command(run_folder, features=features)

@@ -182,15 +182,15 @@ class RayExecutor:
         """
         waiting = [slot.asked for slot in self._start() if slot.environment is None]
         started, _ = ray.wait(waiting, num_returns=1, timeout=_START) if waiting else ([], [])
-        if waiting and not started:
-            raise EvalbenchError(
-                f"no Ray worker started in {_START:g} s; see `ray status`, or try --serial or fewer --workers"
-            )
-        if len(waiting) > 1:
+        if len(waiting) > 1 and started:
             ray.wait(waiting, num_returns=len(waiting), timeout=_LOOK)  # the others have a moment to join the vote
         for slot in list(self._slots):
             self._greet(slot)
         found = [slot.environment for slot in self._slots if slot.environment is not None]
+        if not found:  # none in time, or those that were faster have died since
+            raise EvalbenchError(
+                f"no Ray worker started in {_START:g} s; see `ray status`, or try --serial or fewer --workers"
+            )
         classes = Counter(str(one["class"]) for one in found)
         self._class = next((c for c in preferred if c in classes), min(classes, key=lambda c: (-classes[c], c)))
         self._dismiss_others()

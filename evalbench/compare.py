@@ -12,7 +12,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from statistics import NormalDist
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -34,7 +33,7 @@ from evalbench.spec import (
     content_id,
     parse_suite,
 )
-from evalbench.stats import holm
+from evalbench.stats import holm, p_beyond, t_quantile
 from evalbench.store import Store
 from evalbench.suite_references import check_reference_file, read_reference
 
@@ -50,7 +49,6 @@ RELATIVE = 0.02  # of the base value: the default tolerance of what has no other
 ABSOLUTE: Mapping[str, float] = {"accuracy": 0.01, "align": 0.005}  # default tolerances in the metric's own unit
 FORMATS = ("console", "md", "json")
 _CELLS_HELD = 3  # of each run, in memory at a time: a cell and its fine solution, for all metrics
-_normal = NormalDist()
 
 
 # --- the words ------------------------------------------------------------------------------------------------------
@@ -63,7 +61,8 @@ class Effect:
     Attributes:
         metric: id. unit, higher_is_better: of the metric. statistic: what is compared, in words.
         base, new: table values at this N (for orientation; their difference is not the statistic).
-        difference: new - base in the metric's unit, se its standard error, [low, high] its 95 % interval.
+        difference: new - base in the metric's unit, se its standard error with `df` degrees of freedom, [low, high] its
+            95 % interval by Student's t.
         tolerance: differences up to this do not matter.
     """
 
@@ -77,16 +76,22 @@ class Effect:
     se: float
     n: int
     tolerance: float
+    df: float = math.inf
+
+    @property
+    def half(self) -> float:
+        """Half of the 95 % interval."""
+        return t_quantile(LEVEL, self.df) * self.se
 
     @property
     def low(self) -> float:
         """Lower end of the 95 % interval."""
-        return self.difference - quantile(LEVEL) * self.se
+        return self.difference - self.half
 
     @property
     def high(self) -> float:
         """Upper end of the 95 % interval."""
-        return self.difference + quantile(LEVEL) * self.se
+        return self.difference + self.half
 
     @property
     def loss(self) -> float:
@@ -96,26 +101,19 @@ class Effect:
     @property
     def p(self) -> float:
         """Two-sided p of "the difference is within the tolerance"; at most 0.05 iff the interval is beyond it."""
-        margin = abs(self.difference) - self.tolerance
-        if self.se == 0:
-            return 0.0 if margin > 0 else 1.0
-        return min(1.0, 2 * _normal.cdf(-margin / self.se))
+        return float(p_beyond(self.difference, self.tolerance, self.se, self.df))
 
     def detectable(self, tests: int = 1) -> float:
         """The smallest true difference that is found with 80 % power among so many tests (Bonferroni level)."""
-        return self.tolerance + (quantile(LEVEL / tests) + _normal.inv_cdf(POWER)) * self.se
+        power = t_quantile(2 * (1 - POWER), self.df)
+        return self.tolerance + (t_quantile(LEVEL / tests, self.df) + power) * self.se
 
     def samples_to_decide(self, tests: int = 1) -> int | None:
         """N at which the interval lies on one side of the tolerance, as se ~ N^-1/2; None at the tolerance itself."""
         margin = abs(abs(self.difference) - self.tolerance)
         if margin <= 1e-6 * self.se:
             return None
-        return math.ceil(self.n * (quantile(LEVEL / tests) * self.se / margin) ** 2)
-
-
-def quantile(level: float) -> float:
-    """Two-sided point of the normal distribution: 1.96 for 0.05."""
-    return -_normal.inv_cdf(level / 2)
+        return math.ceil(self.n * (t_quantile(LEVEL / tests, self.df) * self.se / margin) ** 2)
 
 
 def word_of(effect: Effect, *, rejected: bool) -> Word:
@@ -527,6 +525,7 @@ class _Pair:
             difference=found.value,
             se=found.se,
             n=found.n,
+            df=found.df,
             tolerance=self.tolerances.get(metric, default_tolerance(metric, values[0], self.runs[0].suite)),
         )
 

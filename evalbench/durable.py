@@ -102,7 +102,7 @@ def read_npz(file: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     Raises:
         DamagedFile: missing, truncated, or not what was written.
     """
-    with _opened(file) as content:
+    with opened(file) as content:
         arrays = {name: content[name] for name in content.files if name not in ("facts", "sha256")}
         text, digest = str(content["facts"]), str(content["sha256"])
     if digest_of(arrays, text) != digest:
@@ -116,7 +116,7 @@ def read_facts(file: Path) -> tuple[list[str], dict[str, Any]]:
     Raises:
         DamagedFile: missing or truncated.
     """
-    with _opened(file) as content:
+    with opened(file) as content:
         names = [name for name in content.files if name not in ("facts", "sha256")]
         if "sha256" not in content.files:
             raise DamagedFile(f"{file} is damaged (no digest inside)")
@@ -124,8 +124,12 @@ def read_facts(file: Path) -> tuple[list[str], dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def _opened(file: Path) -> Iterator[Any]:
-    """An npz, with every way in which it can be broken as one error."""
+def opened(file: Path) -> Iterator[Any]:
+    """An npz as numpy gives it: its arrays are read when they are asked for, and not held against the digest.
+
+    Raises:
+        DamagedFile: missing, truncated or no npz, whenever that shows.
+    """
     try:
         # numpy leaves a file of its own open when it is damaged
         with file.open("rb") as stream, np.load(stream, allow_pickle=False) as content:

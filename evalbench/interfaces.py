@@ -608,6 +608,11 @@ class Extractor(Registered, ABC):
         """What makes its numbers comparable: weights digest and recipe; part of the protocol. Loads no network."""
         return f"{cls.name}/{cls.version}"
 
+    @classmethod
+    def caveat(cls) -> str:
+        """What must stand beside every number made of its features; empty when nothing must."""
+        return ""
+
 
 class ExtractorFamily(Extractor):
     """Extractors that share all but one word, registered as `prefix:*`; `prefix:word` is one of them.

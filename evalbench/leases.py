@@ -44,7 +44,7 @@ class Leases:
         self.folder, self.ttl = folder, ttl
         self.token = uuid.uuid4().hex[:12]
         self.owner = f"{name or 'process'} {socket.gethostname()} pid {os.getpid()} {self.token}"
-        self._held: dict[str, float] = {}  # name -> when the clock of this process took it
+        self._held: set[str] = set()
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._renewer: threading.Thread | None = None
@@ -76,14 +76,15 @@ class Leases:
             if not self._create(file, lease):
                 return None
         with self._lock:
-            self._held[name] = 0.0
+            self._held.add(name)
         return lease
 
     def release(self, name: str) -> None:
         """Let go of a lease. One that another process has taken over stays."""
         with self._lock:
-            if self._held.pop(name, None) is None:
+            if name not in self._held:
                 return
+            self._held.remove(name)
         found = read_lease(self.folder / name)
         if found is not None and found.owner == self.owner:
             (self.folder / name).unlink(missing_ok=True)
@@ -93,7 +94,7 @@ class Leases:
         file = self.folder / name
         found = read_lease(file)
         with self._lock:
-            self._held.pop(name, None)
+            self._held.discard(name)
         if found is not None and found.owner == self.owner:
             file.write_text(json.dumps(asdict(Lease(self.owner, found.tries, traceback))))
             os.utime(file, (0, 0))
@@ -130,9 +131,8 @@ class Leases:
         except FileNotFoundError:
             return None
         found = read_lease(aside)
-        if not self._is_stale(
-            aside
-        ):  # between the look and the rename another process had made a new one: give it back
+        if not self._is_stale(aside):
+            # between the look and the rename another process had made a new one: give it back
             with contextlib.suppress(FileExistsError):
                 os.link(aside, file)
             aside.unlink()

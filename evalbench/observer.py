@@ -1,4 +1,4 @@
-"""Who watches a run: progress bars, the status file, nobody."""
+"""Who watches a run: a progress bar, or nobody."""
 
 from __future__ import annotations
 
@@ -45,35 +45,3 @@ class Silent:
 
     def note(self, line: str) -> None:
         """Nothing."""
-
-
-class Both:
-    """Two observers as one."""
-
-    def __init__(self, one: Observer, other: Observer) -> None:
-        self._observers = (one, other)
-
-    def planned(self, phase: str, forwards: float, samples: int, workers: int) -> None:
-        """To both."""
-        for observer in self._observers:
-            observer.planned(phase, forwards, samples, workers)
-
-    def landed(self, phase: str, forwards: float, samples: int, seconds: float) -> None:
-        """To both."""
-        for observer in self._observers:
-            observer.landed(phase, forwards, samples, seconds)
-
-    def cells(self, done: int, total: int, errors: int) -> None:
-        """To both."""
-        for observer in self._observers:
-            observer.cells(done, total, errors)
-
-    def workers(self, states: Mapping[str, str]) -> None:
-        """To both."""
-        for observer in self._observers:
-            observer.workers(states)
-
-    def note(self, line: str) -> None:
-        """To both."""
-        for observer in self._observers:
-            observer.note(line)

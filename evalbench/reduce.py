@@ -9,6 +9,7 @@ import numpy as np
 
 from evalbench.errors import EvalbenchError, UserError
 from evalbench.interfaces import Metric, Parts, Value
+from evalbench.metrics.common import value_of
 from evalbench.spec import Chunk, MetricValue
 from evalbench.store import Store
 
@@ -59,7 +60,7 @@ def reduce_metrics(
     for metric in wanted:
         reference = references(metric.reference_key) if metric.reference_key else None
         try:
-            value = metric.compute(states[metric.id], reference, allow_small_n=allow_small_n)
+            value = value_of(metric, states[metric.id], reference, allow_small_n=allow_small_n)
             values[metric.id] = _checked(metric, value)
         except (UserError, EvalbenchError) as error:
             missing[metric.id] = str(error)

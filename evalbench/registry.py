@@ -309,6 +309,13 @@ def extractor_fingerprint(name: str) -> str:
     return cls.fingerprint()
 
 
+def extractor_caveat(name: str) -> str:
+    """What must stand beside every number made of an extractor's features; empty when nothing must."""
+    cls = get("extractor", name)
+    assert issubclass(cls, Extractor)
+    return cls.caveat()
+
+
 def build_extractor(name: str) -> Extractor:
     """The extractor of a name, with its weights loaded."""
     cls = get("extractor", name)
@@ -396,7 +403,7 @@ def _literal(value: str) -> Any:
         return words[value.lower()]
     try:
         return ast.literal_eval(value)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # all that it may raise
         return value
 
 

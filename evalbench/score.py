@@ -18,6 +18,7 @@ from evalbench import registry
 from evalbench.errors import UserError
 from evalbench.images_in import Images, Seen, Source, open_source, read_captions, read_labels, sample_batches, stem
 from evalbench.interfaces import Extractor, Metric, Value
+from evalbench.metrics.common import value_of
 from evalbench.metrics.curve import Curve, curve, parse_sizes
 from evalbench.metrics.differences import mean_difference
 from evalbench.metrics.persample import PerSampleScore
@@ -142,7 +143,7 @@ def score_images(
     for metric in wanted:
         found = references.get(metric.reference_key)
         arrays = None if found is None else found.arrays
-        value = metric.compute(states[metric.id], arrays, allow_small_n=allow_small_n)
+        value = value_of(metric, states[metric.id], arrays, allow_small_n=allow_small_n)
         scores.append(Score(metric.id, value, metric.unit, metric.higher_is_better))
     curves = []
     for metric in wanted if sizes else ():
@@ -366,8 +367,7 @@ def _said(source: Source, references: Mapping[str, Reference]) -> tuple[str, ...
 
 def _point(value: Value) -> str:
     """One line of a curve."""
-    interval = "" if value.low is None or value.high is None else f"  [{value.low:.4g}, {value.high:.4g}]"
-    return f"    N = {value.n:<7} {value.value:.4g}{interval}" + (f"  ({value.note})" if value.note else "")
+    return f"    N = {value.n:<7} {_with_interval(value)}" + (f"  ({value.note})" if value.note else "")
 
 
 def _table(result: ScoreResult, source: str) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 Z95 = 1.959963984540054  # two-sided 95 % point of the normal distribution
 
@@ -59,10 +59,29 @@ def normal_interval(value: float, se: float) -> Interval:
 
 def t_interval(value: float, se: float, df: float) -> Interval:
     """value -/+ t se, t the two-sided 95 % point of Student's distribution with df degrees of freedom."""
-    from scipy.stats import t  # slow to import; `evalbench list` imports this module
-
-    half = float(t.ppf(0.975, df)) * se
+    half = t_quantile(0.05, df) * se
     return Interval(value - half, value + half)
+
+
+def t_quantile(level: float, df: float) -> float:
+    """Two-sided point of Student's distribution: 1.96 at level 0.05 for infinite df."""
+    from scipy.special import stdtrit  # slow to import; `evalbench list` imports this module
+
+    return -float(stdtrit(df, level / 2))
+
+
+def p_beyond(difference: ArrayLike, margin: ArrayLike, se: ArrayLike, df: ArrayLike) -> NDArray[np.float64]:
+    """Two-sided p of "the difference is within the margin" by Student's t, elementwise.
+
+    At most 0.05 iff `t_interval` lies beyond the margin on one side. Without error it is 0 or 1.
+    """
+    from scipy.special import stdtr  # slow to import
+
+    beyond, se = np.abs(difference) - margin, np.asarray(se, dtype=float)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        p = 2 * stdtr(df, -beyond / se)
+    found: NDArray[np.float64] = np.where(beyond <= 0, 1.0, np.where(se == 0, 0.0, np.minimum(p, 1.0)))
+    return found
 
 
 @dataclass(frozen=True)

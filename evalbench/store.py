@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from evalbench import __version__
-from evalbench.durable import Group, append_line, read_facts, read_npz, write_atomic, write_npz
+from evalbench.durable import Group, append_line, opened, read_facts, read_npz, write_atomic, write_npz
 from evalbench.errors import DamagedFile, EvalbenchError, UserError
 from evalbench.spec import Chunk, Record, Suite, record_from_json
 
@@ -37,6 +37,15 @@ class DamagedChunk(DamagedFile):
     def __init__(self, message: str, chunk: Chunk) -> None:
         super().__init__(message)
         self.chunk = chunk
+
+
+@contextlib.contextmanager
+def _named(chunk: Chunk) -> Iterator[None]:
+    """A damaged file as the chunk that it holds."""
+    try:
+        yield
+    except DamagedFile as error:
+        raise DamagedChunk(f"chunk {error}; delete it and run again", chunk) from None
 
 
 class Store:
@@ -121,10 +130,8 @@ class Store:
         Raises:
             DamagedChunk: missing, damaged, or another chunk under this name.
         """
-        try:
+        with _named(chunk):
             arrays, facts = read_npz(self.chunk_file(chunk))
-        except DamagedFile as error:
-            raise DamagedChunk(f"chunk {error}; delete it and run again", chunk) from None
         self._check_place(chunk, facts)
         return arrays
 
@@ -175,15 +182,19 @@ class Store:
     def per_sample(self, cell_id: str) -> dict[str, np.ndarray]:
         """What a cell has one number of per sample: `sample` (its index), scores, `count:NAME`; each (n,).
 
-        Rows of features and images are left on disk. Empty when the folder has no chunk of the cell.
+        Rows of features and images are left on disk, so no digest is held against what is read. Empty when the folder
+        has no chunk of the cell.
+
+        Raises:
+            DamagedChunk: a chunk is truncated.
         """
         parts: dict[str, list[np.ndarray]] = {}
-        for file in sorted((self.folder / "chunks" / cell_id).glob("*.npz")):
-            start, stop = map(int, file.stem.split("-"))
-            parts.setdefault("sample", []).append(np.arange(start, stop))
-            with np.load(file, allow_pickle=False) as content:
+        for chunk in sorted(self.present_chunks(cell_id)):
+            size = chunk.stop - chunk.start
+            parts.setdefault("sample", []).append(np.arange(chunk.start, chunk.stop))
+            with _named(chunk), opened(self.chunk_file(chunk)) as content:
                 for name in content.files:
-                    if name not in ("facts", "images") and (values := content[name]).shape == (stop - start,):
+                    if name != "images" and (values := content[name]).shape == (size,):
                         parts.setdefault(name, []).append(values)
         # a column that some chunks lack (a metric that came later) would be shorter than the index
         whole = {name: found for name, found in parts.items() if len(found) == len(parts["sample"])}

@@ -17,7 +17,7 @@ from evalbench.store import Store, hold_run
 
 @dataclass(frozen=True)
 class Damage:
-    """A file that is not what was written, and why; `chunk` when it is one."""
+    """A file that is not what was written, and why."""
 
     file: Path
     why: str
@@ -112,7 +112,7 @@ def gc_command(folder: Path, *, features: bool) -> None:
         if features:
             freed += sum(_without_features(store, chunk) for chunk in chunks_in(store))
             store.flush()
-    print(f"freed {freed / 1e6:.1f} MB; records, counts and the first images stay")
+    print(f"freed {freed / 1e6:.1f} MB; records, counts, scores and the first images stay")
 
 
 def _removed(file: Path) -> int:
@@ -122,11 +122,12 @@ def _removed(file: Path) -> int:
 
 
 def _without_features(store: Store, chunk: Chunk) -> int:
-    """Rewrite a chunk with its counts and images alone; bytes freed."""
+    """Rewrite a chunk without its rows of features: counts, scores and images stay; bytes freed."""
     arrays, facts = read_npz(store.chunk_file(chunk))
-    kept = {name: values for name, values in arrays.items() if name.startswith("count:") or name == "images"}
+    kept = {name: values for name, values in arrays.items() if values.ndim == 1 or name == "images"}
     if len(kept) == len(arrays):
         return 0
     before = store.chunk_file(chunk).stat().st_size
-    store.write_chunk(chunk, kept, facts | {"features": {}})
+    known = {name: fingerprint for name, fingerprint in facts["features"].items() if name in kept}
+    store.write_chunk(chunk, kept, facts | {"features": known})
     return before - store.chunk_file(chunk).stat().st_size

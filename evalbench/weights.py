@@ -6,6 +6,7 @@ The folder is `weights` in `EVALBENCH_CACHE` (default `~/.cache/evalbench`). A f
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from evalbench.durable import write_atomic
 from evalbench.errors import UserError, unknown
 
 UNVERIFIED = "unverified"
@@ -121,15 +123,11 @@ def _note(path: Path) -> Path:
 def _record(path: Path, digest: str) -> None:
     """Write the digest beside the file, where the folder can be written to."""
     try:
-        _replace(_note(path), f"{digest}  {path.name}\n".encode())
-    except OSError:
-        return  # a folder shared read-only: there is nobody who could change the file either
-
-
-def _replace(path: Path, content: bytes) -> None:
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as stream:
-        stream.write(content)
-    os.replace(stream.name, path)
+        write_atomic(_note(path), f"{digest}  {path.name}\n")
+    except OSError as error:
+        # in a folder shared read-only nobody here could change the file either
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
 
 
 def fetch(name: str) -> Path:

@@ -34,7 +34,7 @@ ARROWS: dict[str, set[str]] = {
     "cost.speedup": {"cost.ratio"},
     "models.nets": {"errors"},
     "models.inception": {"errors"},
-    "weights": {"errors"},
+    "weights": {"durable"},
     "interfaces": {"paths", "noise"},
     "predictions": {"interfaces"},
     "registry": {"interfaces"},

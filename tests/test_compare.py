@@ -13,7 +13,10 @@ from xml.etree import ElementTree
 import compare_golden
 import numpy as np
 import pytest
+import scipy.stats
 from compare_golden import effect, verdict
+from hypothesis import given
+from hypothesis import strategies as st
 from support import request, run_serial, small_suite
 
 from evalbench import registry
@@ -182,6 +185,25 @@ def test_word_follows_from_the_interval(
     found = effect(difference=difference, se=se, tolerance=tolerance, higher_is_better=higher)
     (rejected,) = holm([found.p])
     assert word_of(found, rejected=rejected) == word
+
+
+@given(st.floats(-1, 1), st.floats(0.01, 1), st.floats(0, 0.5), st.floats(1, 1e6) | st.just(math.inf))
+def test_intervals_and_p_are_students(difference: float, se: float, tolerance: float, df: float) -> None:
+    found = effect(difference=difference, se=se, tolerance=tolerance, df=df)
+    half = scipy.stats.t.ppf(0.975, df) * se
+    assert (found.low, found.high) == pytest.approx((difference - half, difference + half), rel=1e-6)
+    beyond = abs(difference) - tolerance
+    expected = min(1.0, 2 * scipy.stats.t.sf(beyond / se, df)) if beyond > 0 else 1.0
+    assert found.p == pytest.approx(expected, rel=1e-6)
+    assert (found.p <= 0.05) == (found.low >= tolerance or found.high <= -tolerance) or math.isclose(found.p, 0.05)
+
+
+def test_few_degrees_of_freedom_decide_less() -> None:
+    """A difference of 2.2 se, which the normal distribution would call a regression."""
+    many, few = (effect(difference=0.22, se=0.1, tolerance=0.0, df=df) for df in (math.inf, 5))
+    assert [word_of(one, rejected=holm([one.p])[0]) for one in (many, few)] == ["worse", "undecided"]
+    assert few.detectable() > many.detectable()
+    assert few.samples_to_decide() > few.n > many.samples_to_decide()
 
 
 def test_holm_steps_down() -> None:

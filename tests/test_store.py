@@ -110,6 +110,24 @@ def test_a_damaged_chunk_is_named(store: Store, damage: Callable[[bytes], bytes]
     assert raised.value.chunk == chunk
 
 
+def test_numbers_per_sample_come_from_all_chunks_or_a_damaged_one_is_named(store: Store) -> None:
+    """A torn chunk, and the leftover of a kill beside it."""
+    arrays = {"score": np.arange(2.0), "count:nfe": np.ones(2), "rows": np.ones((2, 3)), "images": np.zeros(2, "u1")}
+    for start in (2, 0):
+        store.write_chunk(Chunk("cell", start, start + 2), arrays, {})
+    last = store.chunk_file(Chunk("cell", 4, 5))
+    last.with_name(f".{last.name}.0123456789ab").write_bytes(b"half")
+    found = store.per_sample("cell")
+    assert {name: values.tolist() for name, values in found.items()} == {
+        "sample": [0, 1, 2, 3],
+        "score": [0.0, 1.0, 0.0, 1.0],
+        "count:nfe": [1.0] * 4,
+    }
+    last.write_bytes(store.chunk_file(Chunk("cell", 0, 2)).read_bytes()[:-40])
+    with pytest.raises(DamagedChunk, match=r"00000004-00000005\.npz is damaged .*; delete it and run again"):
+        store.per_sample("cell")
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
 def test_a_flipped_bit_is_found_or_changes_nothing(store: Store, place: float, bit: int) -> None:

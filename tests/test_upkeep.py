@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from support import request, run_serial, small_suite
 
 from evalbench import upkeep
+from evalbench.durable import read_npz
 from evalbench.report import build_report
 from evalbench.store import Store
 
@@ -73,9 +75,13 @@ def test_gc_drops_leftovers_and_features_when_asked(run: Path) -> None:
     assert not leftover.exists()
     chunk = next(upkeep.chunks_in(Store(run)))
     assert "identity" in Store(run).read_chunk(chunk)
+    arrays, facts = read_npz(Store(run).chunk_file(chunk))
+    with_score = facts | {"features": facts["features"] | {"score": "score/1"}}
+    Store(run).write_chunk(chunk, arrays | {"score": np.ones(32)}, with_score)
     upkeep.gc_command(run, features=True)
-    assert "count:nfe" in Store(run).read_chunk(chunk)
+    assert {"count:nfe", "score"} <= Store(run).read_chunk(chunk).keys()
     assert "identity" not in Store(run).read_chunk(chunk)
+    assert Store(run).chunk_facts(chunk)["features"] == {"score": "score/1"}, "a run knows what it need not compute"
     assert (run / "records.jsonl").read_bytes() == records
     assert run_serial(request(small_suite(), ["ddim"]), run)[1].jobs == [], "the run stays finished"
     assert upkeep.verify_command(run, repair=False) == 0

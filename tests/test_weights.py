@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 
 import pytest
 
@@ -70,6 +72,23 @@ def test_unverified_digests_are_recorded_at_first_use(folder):
     assert (folder / "sub" / "wild.bin.sha256").read_text() == f"{DIGEST}  wild.bin\n"
     (folder / "sub" / "wild.bin").write_bytes(b"changed later")
     with pytest.raises(UserError, match=f"expected {DIGEST}"):
+        find(wild)
+
+
+def test_only_a_folder_shared_read_only_may_lack_the_record(folder, monkeypatch):
+    def refuses(code):
+        def write(file, content):
+            raise OSError(code, os.strerror(code))
+
+        return write
+
+    wild = Weights("wild.bin")
+    folder.mkdir(parents=True)
+    (folder / "wild.bin").write_bytes(CONTENT)
+    monkeypatch.setattr(weights, "write_atomic", refuses(errno.EROFS))
+    assert find(wild) == folder / "wild.bin"
+    monkeypatch.setattr(weights, "write_atomic", refuses(errno.EIO))
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
         find(wild)
 
 

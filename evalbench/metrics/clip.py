@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from evalbench import weights
-from evalbench.errors import BadSamples, UserError, unknown
+from evalbench.errors import UserError, unknown
 from evalbench.interfaces import ExtractorFamily, Metric, Parts, SampleBatch, Value
 from evalbench.metrics.common import Array, rows_of
-from evalbench.metrics.extractors import exact_float32, images_of, in_batches
+from evalbench.metrics.extractors import captions_of, exact_float32, images_of, in_batches
 from evalbench.metrics.persample import MeanScore, PerSampleScore, Sums
 from evalbench.registry import register
 
@@ -187,20 +187,6 @@ class ClipImage(_ClipFamily):
 
     def __call__(self, batch: SampleBatch) -> torch.Tensor:
         return self._clip.image_vectors(images_of(batch, self.name))
-
-
-def captions_of(batch: SampleBatch, name: str, count: int) -> tuple[str, ...]:
-    """The captions of a batch of `count` images, one each.
-
-    Raises:
-        UserError: there are none. BadSamples: more or fewer.
-    """
-    captions = batch.cond.captions
-    if captions is None:
-        raise UserError(f"features '{name}' need captions; set [conditions] in the suite, or give --captions FILE")
-    if len(captions) != count:
-        raise BadSamples(f"{count} images come with {len(captions)} captions")
-    return captions
 
 
 @register("clip-cosine:*")

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TypeAlias
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from evalbench.errors import BadSamples, EvalbenchError, UserError
-from evalbench.interfaces import Metric, Parts
+from evalbench.interfaces import Metric, Parts, Value
+from evalbench.registry import extractor_caveat
 
 Array: TypeAlias = NDArray[np.float64]
 _SPLIT_SEED = 20_240_607  # fixes which half, or block, a sample index falls into; changing it changes numbers
@@ -46,6 +47,13 @@ class Rows:
     def clusters(self) -> np.ndarray | None:
         """The cluster of each sample, int (n,); None where all are independent."""
         return np.concatenate(self.cluster_blocks) if self.cluster_blocks else None
+
+
+def value_of(metric: Metric[Any], state: Any, reference: Parts | None, *, allow_small_n: bool = False) -> Value:
+    """`metric.compute`, with what must be said of the features it was computed from in the note."""
+    value = metric.compute(state, reference, allow_small_n=allow_small_n)
+    caveats = dict.fromkeys(extractor_caveat(name) for name in metric.needs)
+    return replace(value, note="; ".join(filter(None, (value.note, *caveats))))
 
 
 def clusters_of(parts: Parts) -> tuple[np.ndarray, ...]:

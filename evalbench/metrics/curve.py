@@ -14,7 +14,7 @@ import numpy as np
 
 from evalbench.errors import UserError
 from evalbench.interfaces import Metric, Parts, Value
-from evalbench.metrics.common import CLUSTER, Rows
+from evalbench.metrics.common import CLUSTER, Rows, value_of
 from evalbench.metrics.frechet import FrechetState
 
 _ORDER_SEED = 20_240_611  # which samples a size takes; changing it changes numbers
@@ -58,7 +58,7 @@ def curve(metric: Metric[Any], state: Any, reference: Parts | None, sizes: Seque
     def at(size: int) -> Value:
         picked = np.sort(order[:size])
         parts = {metric.arg: features[picked]} | ({} if clusters is None else {CLUSTER: clusters[picked]})
-        return metric.compute(metric.update(parts), reference)
+        return value_of(metric, metric.update(parts), reference)
 
     values = tuple(at(size) for size in wanted)
     limit, slope = _line(values)

@@ -130,6 +130,20 @@ def images_of(batch: SampleBatch, name: str) -> torch.Tensor:
     return batch.images
 
 
+def captions_of(batch: SampleBatch, name: str, count: int) -> tuple[str, ...]:
+    """The captions of a batch of `count` images, one each.
+
+    Raises:
+        UserError: there are none. BadSamples: more or fewer.
+    """
+    captions = batch.cond.captions
+    if captions is None:
+        raise UserError(f"features '{name}' need captions; set [conditions] in the suite, or give --captions FILE")
+    if len(captions) != count:
+        raise BadSamples(f"{count} images come with {len(captions)} captions")
+    return captions
+
+
 def colour(images: torch.Tensor) -> torch.Tensor:
     """Images (B, 1 or 3, H, W) with three channels; grey ones are repeated, as opening them in RGB does."""
     return images.expand(-1, 3, -1, -1)
@@ -227,11 +241,8 @@ class TinyFashion(_NetworkExtractor):
     def __call__(self, batch: SampleBatch) -> torch.Tensor:
         import torch
 
-        images, captions = self.images(batch), batch.cond.captions
-        if captions is None:
-            raise UserError("features 'tiny-fashion' need captions; set [conditions] in the suite")
-        if len(captions) != len(images):
-            raise BadSamples(f"{len(images)} images come with {len(captions)} captions")
+        images = self.images(batch)
+        captions = captions_of(batch, self.name, len(images))
         self._model.to(images.device)
         seen = in_batches(self._image_vectors, images)
         texts = torch.stack([self._text_vector(caption, images.device) for caption in captions])

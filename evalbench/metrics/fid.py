@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import numpy as np
@@ -14,18 +13,11 @@ import numpy as np
 from evalbench.interfaces import Metric, Parts, Value
 from evalbench.metrics.common import Array, Rows, require_samples, rows_of, split_labels
 from evalbench.metrics.frechet import FrechetDistance, FrechetState
-from evalbench.metrics.inception import UNVERIFIED_PORT, recipe_of
+from evalbench.metrics.inception import recipe_of
 from evalbench.registry import register
 from evalbench.stats import t_interval
 
 _SPLITS = 10  # of the Inception Score: Salimans et al. 2016
-
-
-def _marked(value: Value, recipe: str) -> Value:
-    """The value with the note that its recipe asks for."""
-    if recipe.split(":")[0] != "adm":
-        return value
-    return dataclasses.replace(value, note="; ".join(filter(None, (value.note, UNVERIFIED_PORT))))
 
 
 @register("fid")
@@ -42,9 +34,6 @@ class FID(FrechetDistance):
 
     def update(self, parts: Parts) -> FrechetState:
         return super().update({self.arg: parts[self.needs[0]]})
-
-    def compute(self, state: FrechetState, reference: Parts | None, *, allow_small_n: bool = False) -> Value:
-        return _marked(super().compute(state, reference, allow_small_n=allow_small_n), self.arg)
 
 
 @register("sfid")
@@ -84,7 +73,7 @@ class InceptionScore(Metric[Rows]):
         scores = np.array([inception_score(logits[labels == k]) for k in range(_SPLITS)])
         value, se = float(scores.mean()), float(scores.std(ddof=1) / np.sqrt(_SPLITS))
         interval = t_interval(value, se, _SPLITS - 1)
-        return _marked(Value(value, state.n, se, interval.low, interval.high), self.arg)
+        return Value(value, state.n, se, interval.low, interval.high)
 
 
 def inception_score(logits: Array) -> float:

@@ -126,10 +126,6 @@ class LPIPS(ImagePair):
 
     unit = "LPIPS"
 
-    @property
-    def needs(self) -> tuple[str, ...]:
-        return ("images",)
-
     def scores(self, a: np.ndarray, b: np.ndarray) -> Array:
         import torch
 

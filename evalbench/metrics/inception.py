@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 SIDE = 299
 BATCH = 16  # images per call of the network; changing it changes last bits
-UNVERIFIED_PORT = "unverified port of the ADM evaluator"
 _PRECISIONS = ("float32", "float64")
 
 
@@ -92,6 +91,10 @@ class InceptionFeatures(ExtractorFamily):
         name = _parse(cls.target)[0].weights
         why = weights.missing(weights.known(name), name)
         return f"features '{cls.name}': {why}" if why else ""
+
+    @classmethod
+    def caveat(cls) -> str:
+        return "unverified port of the ADM evaluator" if _parse(cls.target)[0] is RECIPES["adm"] else ""
 
     @classmethod
     def fingerprint(cls) -> str:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from evalbench import weights
 from evalbench.interfaces import Extractor, SampleBatch
-from evalbench.metrics.clip import Clip, captions_of
-from evalbench.metrics.extractors import colour, exact_float32, images_of, in_batches
+from evalbench.metrics.clip import Clip
+from evalbench.metrics.extractors import captions_of, colour, exact_float32, images_of, in_batches
 from evalbench.registry import register
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ import numpy as np
 
 from evalbench.report.view import Block, Row
 from evalbench.spec import Record
-from evalbench.stats import Z95, holm
+from evalbench.stats import Z95, holm, p_beyond
 
 Axis: TypeAlias = Literal["nfe", "flops", "latency"]
 Basis: TypeAlias = Literal["paired", "intervals"]
@@ -193,7 +193,7 @@ class Ranker:
         for a, b, found in zip(i, j, paired, strict=False):
             if found is not None:
                 loss[a, b], se[a, b], margin[a, b], df[a, b] = sign * found.value, found.se, 0.0, found.df
-        rejected = np.array(holm(_p_values(loss[i, j], se[i, j], margin[i, j], df[i, j])), dtype=bool)
+        rejected = np.array(holm(p_beyond(loss[i, j], margin[i, j], se[i, j], df[i, j])), dtype=bool)
         beats = np.zeros_like(loss, dtype=bool)
         beats[i, j] = rejected & (loss[i, j] < 0)
         beats[j, i] = rejected & (loss[i, j] > 0)
@@ -236,16 +236,6 @@ class Ranker:
             return None
         se = math.sqrt(sum(one.se**2 for one in known)) / len(known)
         return Difference(fmean(one.value for one in known), se, min(one.df for one in known))
-
-
-def _p_values(loss: np.ndarray, se: np.ndarray, margin: np.ndarray, df: np.ndarray) -> np.ndarray:
-    """Two-sided p of "the loss is within the margin" by Student's t."""
-    from scipy.special import stdtr  # slow to import
-
-    beyond = np.abs(loss) - margin
-    with np.errstate(divide="ignore", invalid="ignore"):
-        p = 2 * stdtr(df, -beyond / se)
-    return np.where(beyond <= 0, 1.0, np.where(se == 0, 0.0, np.minimum(p, 1.0)))
 
 
 def _chosen(spending: Sequence[tuple[Row, float]], allowance: float) -> list[tuple[Row, float]]:

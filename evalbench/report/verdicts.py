@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
 
     from evalbench.compare import Comparison, Effect, FastComparison, Sameness, Verdict
 
-_Z95 = 1.96
 _NOTHING = "No cell in common: nothing was compared."
 _STYLES = {"worse": "bold red", "better": "green", "undecided": "yellow", "not comparable": "magenta"}
 _HEADER = ("cell", "metric", "verdict", "remarks", "base", "new", "difference", "tolerance", "80 % power at")
@@ -47,7 +47,7 @@ def _printable(text: str) -> str:
 
 
 def _difference(effect: Effect) -> str:
-    return plus_minus(effect.difference, _Z95 * effect.se)
+    return plus_minus(effect.difference, effect.half)
 
 
 def _row(v: Verdict) -> list[str]:
@@ -116,7 +116,8 @@ def _verdict(v: Verdict) -> dict[str, Any]:
 
 
 def _effect(effect: Effect) -> dict[str, Any]:
-    return vars(effect) | {"low": effect.low, "high": effect.high, "p": effect.p}
+    df = effect.df if math.isfinite(effect.df) else None  # JSON has no infinity
+    return vars(effect) | {"df": df, "low": effect.low, "high": effect.high, "p": effect.p}
 
 
 def _dump(content: Mapping[str, Any]) -> str:

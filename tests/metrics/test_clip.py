@@ -18,8 +18,9 @@ from torch.nn import functional as F
 
 from evalbench.errors import BadSamples, UserError
 from evalbench.interfaces import Cond, SampleBatch
-from evalbench.metrics import clip, preferences
+from evalbench.metrics import preferences
 from evalbench.metrics.clip import ClipId
+from evalbench.metrics.extractors import captions_of
 from evalbench.registry import build_extractor, build_metric, extractor_fingerprint
 from evalbench.score import score_images
 
@@ -173,7 +174,7 @@ def test_absent_weights_and_wrong_names(tmp_path, monkeypatch):
         with pytest.raises(UserError, match=line):
             build_metric(f"clip@{target}")
     with pytest.raises(BadSamples, match="4 images come with 3 captions"):
-        clip.captions_of(batch(pictures(), CAPTIONS[:3]), "clip", 4)
+        captions_of(batch(pictures(), CAPTIONS[:3]), "clip", 4)
 
 
 # --- rewards --------------------------------------------------------------------------------------------------------
