@@ -304,10 +304,9 @@ class Run:
 
 
 def _chunk_size(record: Record) -> int:
-    try:
-        return int(record.protocol_facts["generation"]["sampling"]["chunk"])
-    except (KeyError, TypeError):
-        raise _NotComparable("the record does not say its protocol") from None
+    if record.chunk is None:
+        raise _NotComparable("the record does not say its protocol")
+    return record.chunk
 
 
 def key_of(cell: Cell) -> Key:

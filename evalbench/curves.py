@@ -12,7 +12,7 @@ from evalbench import registry
 from evalbench.errors import EvalbenchError, UserError
 from evalbench.metrics.curve import Curve, curve, halved, parse_sizes
 from evalbench.reduce import states_of
-from evalbench.spec import Cell, Record, chunks_of, parse_suite
+from evalbench.spec import Cell, Chunk, Record, chunks_of, parse_suite
 from evalbench.store import Store
 from evalbench.worker import load_reference
 
@@ -46,7 +46,7 @@ def curves_of(run: Path | str, metrics: Sequence[str] = (), sizes: Sequence[int]
     for record in store.records():
         if record.kind != "quality" or record.status != "ok":
             continue
-        states = states_of(store, chunks_of(record.cell.id, record.samples, _chunk_size(record)), None, wanted)
+        states = states_of(store, _chunks(record), None, wanted)
         for metric in wanted:
             key = metric.reference_key
             reference = load_reference(suite, key, manifest["plugins"]) if key else None
@@ -92,8 +92,7 @@ def _group(one: CellCurve) -> tuple[int, float, int]:
     return one.cell.nfe, one.cell.guidance, one.cell.seed
 
 
-def _chunk_size(record: Record) -> int:
-    try:
-        return int(record.protocol_facts["generation"]["sampling"]["chunk"])
-    except (KeyError, TypeError):
-        raise EvalbenchError(f"the record of cell {record.cell.id} does not say its chunk size; run again") from None
+def _chunks(record: Record) -> list[Chunk]:
+    if record.chunk is None:
+        raise EvalbenchError(f"the record of cell {record.cell.id} does not say its chunk size; run again")
+    return chunks_of(record.cell.id, record.samples, record.chunk)

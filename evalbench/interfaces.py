@@ -504,12 +504,12 @@ class Model(Registered, ABC):
         return None
 
     @abstractmethod
-    def predict(self, x: torch.Tensor, t: Time, alpha: Time, sigma: Time, labels: Any) -> torch.Tensor:
+    def predict(self, x: torch.Tensor, t: Time, alpha: Time, sigma: Time, given: Any) -> torch.Tensor:
         """The native prediction at state x, (B, *S).
 
         Args:
-            t, alpha, sigma: the time and what belongs to it. labels: int64 (B,), -1 null, or None; or whatever else
-                `given` returns.
+            t, alpha, sigma: the time and what belongs to it. given: what the method `given` returns; of most models
+                labels, int64 (B,), -1 null, or None.
         """
 
     def given(self, cond: Cond) -> Any:

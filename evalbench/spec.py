@@ -440,6 +440,12 @@ class Record(Frozen):
         """Timings of one process without rounds, as evalbench once recorded them, are no latency: timed again."""
         return () if value is None or "peak_bytes" in value else value
 
+    @property
+    def chunk(self) -> int | None:
+        """Samples of each chunk of its cell; None when the record does not say its protocol."""
+        size: int | None = self.protocol_facts.get("generation", {}).get("sampling", {}).get("chunk")
+        return size
+
     def to_json(self) -> str:
         """One line."""
         return self.model_dump_json(by_alias=True)

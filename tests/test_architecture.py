@@ -41,9 +41,9 @@ ARROWS: dict[str, set[str]] = {
     "engine": {"registry"},
     "denoiser": {"registry", "predictions", "cost.ledger", "cost.flops", "cost.breakdown"},
     "cost": {"denoiser", "stats", "environment", "cost.speedup"},
-    "models": {"registry", "denoiser", "models.nets"},
+    "models": {"registry", "denoiser", "models.nets", "weights"},
     # scripts that make what suites refer to; nothing imports them
-    "models.references": {"worker", "store", "models.nets"},
+    "models.references": {"plan", "store", "models.nets"},
     "metrics": {"registry", "stats", "weights", "models.nets", "models.inception"},
     "images_in": {"interfaces"},
     "reference_files": {"metrics", "images_in"},

@@ -13,8 +13,9 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,6 +27,7 @@ from evalbench.interfaces import Cond, Model, Time, Want
 from evalbench.paths import Flow, VPDiscrete
 from evalbench.paths import Path as NoisePath
 from evalbench.registry import register
+from evalbench.weights import sha256
 
 _PREDICTIONS: dict[str, Want] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 _FLOW_START = 1.0 - 1e-5  # pipelines start at t = 1, where lambda is -inf; the network cannot tell the difference
@@ -40,7 +42,7 @@ def weights_digest(folder: Path) -> str:
     found = hashlib.sha256()
     for file in sorted(folder.rglob("*.safetensors")):
         found.update(file.relative_to(folder).as_posix().encode())
-        found.update(hashlib.sha256(file.read_bytes()).digest())
+        found.update(bytes.fromhex(sha256(file)))
     return found.hexdigest()
 
 
@@ -130,10 +132,8 @@ class Network(ABC):
     """How one class of network is called. Parts are loaded by `load`.
 
     Attributes:
-        texts: whether conditions are texts. classes: number of labels; 0 for texts.
+        classes: number of labels; 0 for texts.
     """
-
-    texts: ClassVar[bool] = False
 
     def __init__(self, folder: Folder) -> None:
         self.folder, self.config = folder, folder.config(folder.network)
@@ -185,8 +185,6 @@ class LabelledTransformer(Network):
 
 class TextNetwork(Network):
     """A network that reads texts; each is encoded once, alone, so that it depends on no other."""
-
-    texts = True
 
     def __init__(self, folder: Folder) -> None:
         super().__init__(folder)
@@ -326,13 +324,14 @@ class DiffusersPipeline(Model):
 
     def _network(self) -> Network:
         name = str(self._folder.config(self._folder.network)["_class_name"])
-        if name == "DiTTransformer2DModel":
-            return LabelledTransformer(self._folder)
-        if name == "UNet2DConditionModel":
-            return StableDiffusion(self._folder)
-        if name == "SD3Transformer2DModel":
-            return StableDiffusion3(self._folder, self.t5_tokens)
-        raise unknown("network class", name, ["DiTTransformer2DModel", "UNet2DConditionModel", "SD3Transformer2DModel"])
+        kinds: dict[str, Callable[[Folder], Network]] = {
+            "DiTTransformer2DModel": LabelledTransformer,
+            "UNet2DConditionModel": StableDiffusion,
+            "SD3Transformer2DModel": partial(StableDiffusion3, t5_tokens=self.t5_tokens),
+        }
+        if name not in kinds:
+            raise unknown("network class", name, kinds)
+        return kinds[name](self._folder)
 
     @property
     def native(self) -> Want:  # type: ignore[override]
@@ -365,9 +364,9 @@ class DiffusersPipeline(Model):
     def given(self, cond: Cond) -> Any:
         return self.network.given(cond)
 
-    def predict(self, x: torch.Tensor, t: Time, alpha: Time, sigma: Time, labels: Any) -> torch.Tensor:
+    def predict(self, x: torch.Tensor, t: Time, alpha: Time, sigma: Time, given: Any) -> torch.Tensor:
         """The network at (x, t): alpha and sigma are known to it by t alone."""
-        return self.network(x, self.timesteps(t, x), labels)
+        return self.network(x, self.timesteps(t, x), given)
 
     def timesteps(self, t: Time, x: torch.Tensor) -> torch.Tensor:
         """Times of the path in the network's units, (B,): entry i of a VP table is at t = (i + 1) / N, a flow's t N."""

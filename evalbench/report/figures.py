@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -14,6 +13,7 @@ import pandas as pd
 from evalbench.cost.speedup import EMBEDDED_HEADING
 from evalbench.report.drawing import Chart, draw
 from evalbench.report.frames import latency_fits
+from evalbench.report.ranking import pareto_front
 from evalbench.report.styles import REPORT, Drawn, Sheet, save
 from evalbench.report.text import number
 from evalbench.report.view import Block, Row
@@ -144,14 +144,7 @@ def _one_suite(blocks: Sequence[Block]) -> bool:
 
 def front(points: pd.DataFrame, *, higher_is_better: bool) -> pd.DataFrame:
     """The points that no other one beats on both axes (x: less is better), by x."""
-    kept: list[int] = []
-    best = math.inf
-    for i, point in points.sort_values(["x", "y"], ascending=[True, not higher_is_better]).iterrows():
-        badness = -float(point["y"]) if higher_is_better else float(point["y"])
-        if badness < best:
-            best = badness
-            kept.append(i)  # type: ignore[arg-type]
-    return points.loc[kept]
+    return points.iloc[pareto_front(points["x"].tolist(), points["y"].tolist(), higher_is_better=higher_is_better)]
 
 
 def line_chart(timings: pd.DataFrame) -> Chart:
@@ -201,11 +194,7 @@ def _point(block: Block, row: Row, metric: str, panel: str) -> dict[str, Any]:
     found, nfe = row.numbers[metric], row.mean_count("nfe")
     return {
         "panel": panel,
-        "suite": block.suite,
-        "guidance": block.guidance,
-        "samples": block.samples,
-        "protocol": block.protocol,
-        "metric": metric,
+        **block.facts_of(metric),
         "method": row.method,
         "nfe": row.nfe,
         "x": float(row.nfe) if nfe is None else nfe,

@@ -34,8 +34,8 @@ def sample_grid(images: Images, block: Block, path: Path, columns: int = 10) -> 
     Returns:
         The file; None when no row has images.
     """
-    found = [(row.method, row.nfe, images(row.records[0].cell.id)) for row in block.rows]
-    rows = [(method, nfe, x) for method, nfe, x in found if x is not None and _is_picture(x)]
+    found = [(row.method, row.nfe, pictures(images, row.records[0].cell.id)) for row in block.rows]
+    rows = [(method, nfe, x) for method, nfe, x in found if x is not None]
     if not rows:
         return None
     shown = min(columns, *(len(x) for _, _, x in rows))
@@ -44,8 +44,10 @@ def sample_grid(images: Images, block: Block, path: Path, columns: int = 10) -> 
     return write_bytes(path, _draw(canvas, tops, [(m, n) for m, n, _ in rows], strips[0].shape, shown))
 
 
-def _is_picture(x: np.ndarray) -> bool:
-    return x.ndim == 4 and x.shape[1] in (1, 3) and len(x) > 0
+def pictures(images: Images, cell: str) -> np.ndarray | None:
+    """The images of a cell that can be shown, (n, 1 or 3, H, W) uint8; None when there are none."""
+    x = images(cell)
+    return x if x is not None and x.ndim == 4 and x.shape[1] in (1, 3) and len(x) else None
 
 
 def _strip(x: np.ndarray) -> np.ndarray:

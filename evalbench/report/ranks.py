@@ -57,11 +57,7 @@ def _rows(panel: str, block: Block, metric: str, ranking: Ranking) -> list[dict[
     return [
         {
             "panel": panel,
-            "suite": block.suite,
-            "guidance": block.guidance,
-            "samples": block.samples,
-            "protocol": block.protocol,
-            "metric": metric,
+            **block.facts_of(metric),
             "ranking": AXES[ranking.axis],
             "budget": ranking.budget,
             "allowance": ranking.allowance,

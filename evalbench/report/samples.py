@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from evalbench.report.grids import Images
+from evalbench.report.grids import Images, pictures
 from evalbench.report.leaderboard import middle
 from evalbench.report.view import Block, Row
 from evalbench.spec import Record
@@ -93,17 +93,10 @@ def slides(images: Images, block: Block, page: Page) -> Slides | None:
 
 
 def _first(images: Images, row: Row) -> Strip | None:
-    pixels = _pictures(images, row.records[0].cell.id) if row.status == "ok" else None
+    pixels = pictures(images, row.records[0].cell.id) if row.status == "ok" else None
     if pixels is None:
         return None
     return strip([pixels[:_SHOWN]], f"Samples of {row.method} at NFE {row.nfe}")
-
-
-def _pictures(images: Images, cell: str) -> np.ndarray | None:
-    pixels = images(cell)
-    if pixels is None or pixels.ndim != 4 or pixels.shape[1] not in (1, 3) or not len(pixels):
-        return None
-    return pixels
 
 
 def strip(rows: Sequence[np.ndarray], alt: str) -> Strip:
@@ -154,7 +147,7 @@ def _apart(images: Images, block: Block, row: Row, page: Page, solution: Solutio
     if row.status != "ok" or page.left <= 0:
         return
     name, cell = _baseline(block, row, solution)
-    mine, other = _pictures(images, row.records[0].cell.id), _pictures(images, cell) if cell else None
+    mine, other = pictures(images, row.records[0].cell.id), pictures(images, cell) if cell else None
     if mine is None or other is None or mine.shape[1:] != other.shape[1:]:
         return
     n = min(len(mine), len(other))

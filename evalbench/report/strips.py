@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -12,10 +12,10 @@ import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from evalbench.report.grids import Images, pictures
 from evalbench.report.styles import DARK, Sheet, Style, folded_name
 from evalbench.report.view import Block
 
-Images = Callable[[str], np.ndarray | None]
 _NAME, _BUDGETS, _ROWS = 0.09, 0.07, 0.03  # inches between name and samples, budgets, rows
 _LEAST, _MOST = 0.26, 8  # inches of a sample at least, samples of a budget at most
 _LETTERS = 16  # per line of a method's name
@@ -56,8 +56,8 @@ def _strip(images: Images, block: Block, method: str, nfe: int) -> Strip:
     cell = row.records[0].cell.id
     if row.status != "ok":
         return Strip(method, nfe, cell, None, "not supported" if row.status == "unsupported" else "error")
-    pixels = images(cell)
-    if pixels is None or pixels.ndim != 4 or pixels.shape[1] not in (1, 3):
+    pixels = pictures(images, cell)
+    if pixels is None:
         return Strip(method, nfe, cell, None, "no images")
     return Strip(method, nfe, cell, pixels.transpose(0, 2, 3, 1), "")
 

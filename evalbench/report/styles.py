@@ -78,7 +78,7 @@ REPORT = Style(
 PAPERS = {
     style.name: style
     for style in (
-        Style("neurips", 5.5, 5.5, "neurips_2025.sty: textwidth=5.5in, one column"),
+        Style("neurips", 5.5, 5.5, "NeurIPS formatting instructions: text 5.5 inches (33 picas) wide, one column"),
         Style("icml", 3.25, 6.75, "icml2025.sty: textwidth 6.75in, columnsep 0.25in"),
         Style("cvpr", 3.28125, 6.875, "cvpr.sty of the CVPR 2025 author kit: textwidth 6.875in, columnsep 0.3125in"),
     )

@@ -118,6 +118,16 @@ class Block:
         parts = [f"guidance {self.guidance:g}", f"N = {self.samples}" if self.samples else "", self.tag]
         return ", ".join(part for part in parts if part)
 
+    def facts_of(self, metric: str) -> dict[str, Any]:
+        """What a row of a figure's CSV says of the block: suite, guidance, samples, protocol, metric."""
+        return {
+            "suite": self.suite,
+            "guidance": self.guidance,
+            "samples": self.samples,
+            "protocol": self.protocol,
+            "metric": metric,
+        }
+
     def row(self, method: str, nfe: int) -> Row | None:
         """The row, or None when it was not planned."""
         return next((r for r in self.rows if (r.method, r.nfe) == (method, nfe)), None)

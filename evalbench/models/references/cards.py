@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from evalbench.models.pipelines import Folder, weights_digest
-from evalbench.spec import Record, Suite, chunks_of, load_suite
+from evalbench.spec import Record, Suite, load_suite
 from evalbench.store import Store
 
 METHOD, NFE = "unipc", 20  # whose samples speak for a network
@@ -26,7 +26,7 @@ ROWS, ZOOM = 6, 3
 
 
 def quality(suite: Suite, record: Record) -> dict[str, Any]:
-    """Metrics of a record by id: value, half-width of the interval, floor and N."""
+    """Metrics of a record by id: value, standard error, floor and N."""
     floors = {f.metric: f.value for f in suite.floors if f.what == "floor" and f.samples == record.samples}
     found: dict[str, Any] = {"method": record.cell.method, "nfe": record.cell.nfe, "guidance": record.cell.guidance}
     for name, metric in record.metrics.items():
@@ -39,9 +39,10 @@ def quality(suite: Suite, record: Record) -> dict[str, Any]:
 
 def grid(store: Store, record: Record, classes: int) -> np.ndarray:
     """The first samples, uint8 (ROWS 32, classes 32): sample i is of class i mod classes."""
-    chunk = int(record.protocol_facts["generation"]["sampling"]["chunk"])
-    first = chunks_of(record.cell.id, record.samples, chunk)[0]
-    images: np.ndarray = store.read_chunk(first)["images"][: ROWS * classes, 0]
+    kept = store.images(record.cell.id)
+    if kept is None:
+        raise SystemExit(f"{store.folder} holds no images of {record.cell.method} at NFE {record.cell.nfe}")
+    images = kept[: ROWS * classes, 0]
     rows = images.reshape(ROWS, classes, *images.shape[1:]).transpose(0, 2, 1, 3)
     return rows.reshape(ROWS * images.shape[1], classes * images.shape[2])
 

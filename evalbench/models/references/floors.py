@@ -104,8 +104,6 @@ def main() -> None:
         parser.error(f"--what {args.what}: name any of {', '.join(WHAT)}")
     suite = load_suite(args.suite)
     model = registry.build_model(suite.model.loader, suite.model.options)
-    if not isinstance(model, FashionZoo):  # whose networks have no part in this
-        model.to(torch.float32, torch.device("cpu"))
     metrics = [metric for name in suite.metrics.names if not (metric := registry.build_metric(name)).paired]
     if isinstance(model, FashionZoo):
         metrics = [metric for metric in metrics if not metric.reference_key.startswith("converged/")]

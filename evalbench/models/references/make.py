@@ -28,8 +28,9 @@ from evalbench.interfaces import Cond, Extractor, Model, SampleBatch
 from evalbench.metrics.frechet import frechet_distance, moments
 from evalbench.metrics.images import to_uint8
 from evalbench.models.data import fashion_train
+from evalbench.plan import make_cell
 from evalbench.sampling import Setup, conditions, images_of, sample, setup_of
-from evalbench.spec import Cell, Suite, content_id, load_suite
+from evalbench.spec import Suite, load_suite
 
 FOLDER = Path(__file__).parent
 BATCH = 256
@@ -54,17 +55,9 @@ def converged(setup: Setup, samples: int) -> Batches:
     """The suite's fine solution from noise of its own: what every solver converges to on its model."""
     suite = setup.suite
     assert suite.solution is not None
-    chain = registry.build_method(suite.solution.method)
-    cell = Cell(
-        suite=suite.name,
-        suite_version=suite.version,
-        generation=content_id(suite.generation()),
-        method=chain.text,
-        settings=content_id(chain.settings()),
-        nfe=suite.solution.nfe,
-        guidance=suite.sampling.guidance,
-        seed=CONVERGED_SEED,
-    )
+    solution, guidance = suite.solution, suite.sampling.guidance
+    chain = registry.build_method(solution.method)
+    cell = make_cell(suite, solution.method, solution.nfe, guidance, CONVERGED_SEED)
     for start in range(0, samples, BATCH):
         indices = range(start, start + BATCH)
         cond = conditions(suite, setup.model, indices, setup.device)
@@ -122,6 +115,8 @@ def main() -> None:
     if args.source == "converged" and setup.suite.solution is None:
         parser.error(f"suite {args.suite} has no [solution]")
     model = setup.model
+    if args.source == "draws" and not hasattr(model, "draws"):
+        parser.error(f"suite {args.suite} has a trained model, which makes no exact draws; use converged or images")
     extract = registry.build_extractor(args.extractor)
     sources = {
         "draws": lambda: draws(model, args.samples),

@@ -10,6 +10,7 @@ import argparse
 import importlib
 import json
 import os
+import platform
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -101,7 +103,7 @@ class Training:
     """A training run that can be stopped at any time and goes on from its last checkpoint.
 
     Args:
-        network: what is trained, in place; `averaged` afterwards holds the weights to keep.
+        network: what is trained, in place; after `run` it holds the averaged weights, those to keep.
         loss: of a step, from its generator. recipe: how. folder: where checkpoints lie.
     """
 
@@ -169,7 +171,7 @@ class Training:
         return {name: tensor.contiguous() for name, tensor in found.items()}
 
     def _save(self) -> None:
-        """Both files, each under another name first: a stop in between leaves the checkpoint before."""
+        """Under another name first: a stop in between leaves the checkpoint before."""
         facts = {
             "step": self.step,
             "seconds": self.seconds,
@@ -182,8 +184,6 @@ class Training:
     def _resume(self) -> None:
         if not self.file.exists():
             return
-        from safetensors import safe_open
-
         with safe_open(self.file, "pt") as opened:
             facts = json.loads(opened.metadata()["facts"])
         if facts["recipe"] != asdict(self.recipe):
@@ -218,13 +218,13 @@ def parameters(modules: Iterable[nn.Module]) -> int:
 
 
 def write_card(folder: Path, recipe: Recipe, training: Training, facts: Mapping[str, Any]) -> None:
-    """Write card.json of a model folder; what is known of its quality is added by `quality.py`."""
+    """Write card.json of a model folder; what is known of its quality is added by `models.references.cards`."""
     card = {
         "data": "Fashion-MNIST (MIT): 60,000 training images, 28x28 padded to 32x32, grey values in [-1, 1]",
         **facts,
         "recipe": asdict(recipe),
         "seconds": round(training.seconds),
-        "machine": f"{torch.get_num_threads()} thread of a shared two-core machine",
+        "machine": f"{torch.get_num_threads()} of {os.cpu_count()} cores, {platform.machine()}",
         "torch": torch.__version__,
         "loss_curve_steps_per_point": _POINT,
         "loss_curve": training.curve,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ from evalbench.models.zoo.generative import (
 from evalbench.models.zoo.training import Data
 
 CLASSES = 10  # label 10 is the null label
-SCHEDULER = {
+SCHEDULER: dict[str, Any] = {
     "num_train_timesteps": 1000,
     "beta_schedule": "linear",
     "beta_start": 1e-4,
@@ -89,19 +90,22 @@ def network(size: Size) -> Any:
     return model
 
 
+@cache
+def scheduler() -> Any:
+    """The noise of the training, and what the folder says of it."""
+    return diffusers.DDIMScheduler(**SCHEDULER)
+
+
 def v_loss(model: Any, data: Data, recipe: Recipe, generator: torch.Generator, low: bool) -> torch.Tensor:
     """Mean squared error of v = alpha eps - sigma x0 at uniform time steps; with `low`, on images of half the size."""
     x_0, labels = rows(data, recipe, generator)
     if low:
         x_0 = F.avg_pool2d(x_0, 2)  # (B, 1, 16, 16)
-    alphas_cumprod = diffusers.DDIMScheduler(**SCHEDULER).alphas_cumprod
-    t = torch.randint(len(alphas_cumprod), (len(x_0),), generator=generator)
+    t = torch.randint(SCHEDULER["num_train_timesteps"], (len(x_0),), generator=generator)
     noise = torch.randn(x_0.shape, generator=generator)
-    alpha = alphas_cumprod[t].sqrt()[:, None, None, None]
-    sigma = (1.0 - alphas_cumprod[t]).sqrt()[:, None, None, None]
     given = dropped(labels, CLASSES, recipe, generator)
-    found = model(alpha * x_0 + sigma * noise, timestep=t, class_labels=given).sample
-    return F.mse_loss(found, alpha * noise - sigma * x_0)
+    found = model(scheduler().add_noise(x_0, noise, t), timestep=t, class_labels=given).sample
+    return F.mse_loss(found, scheduler().get_velocity(x_0, noise, t))
 
 
 def main() -> None:
@@ -123,7 +127,7 @@ def main() -> None:
     training.run()
     folder = args.out / size.name
     save_part(model, folder / "transformer")
-    diffusers.DDIMScheduler(**SCHEDULER).save_pretrained(folder / "scheduler")
+    scheduler().save_pretrained(folder / "scheduler")
     facts = {
         "what": f"DiTTransformer2DModel in pixel space, width {size.width}, depth {size.depth}, patches 8x8",
         "parameters": parameters([model]),

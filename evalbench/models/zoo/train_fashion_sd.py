@@ -8,6 +8,9 @@ python -m evalbench.models.zoo.train_fashion_sd --data FOLDER    (after train_fa
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -44,7 +47,7 @@ UNET = {
     "attention_head_dim": 16,
     "norm_num_groups": 16,
 }
-SCHEDULER = {
+SCHEDULER: dict[str, Any] = {
     "num_train_timesteps": 1000,
     "beta_schedule": "scaled_linear",
     "beta_start": 0.00085,
@@ -72,6 +75,12 @@ def text_config(vocabulary: int, width: int) -> CLIPTextConfig:
     )
 
 
+@cache
+def scheduler() -> Any:
+    """The noise of the training, and the pipeline's."""
+    return diffusers.DDIMScheduler(**SCHEDULER)
+
+
 def eps_loss(
     unet: nn.Module, text: nn.Module, tokens: torch.Tensor, data: Data, recipe: Recipe, generator: torch.Generator
 ) -> torch.Tensor:
@@ -81,15 +90,12 @@ def eps_loss(
         tokens: int64 (11, templates, context), captions of each class; the last "class" is the empty text.
     """
     z_0, labels = rows(data, recipe, generator)
-    alphas_cumprod = diffusers.DDIMScheduler(**SCHEDULER).alphas_cumprod
-    t = torch.randint(len(alphas_cumprod), (len(z_0),), generator=generator)
+    t = torch.randint(SCHEDULER["num_train_timesteps"], (len(z_0),), generator=generator)
     noise = torch.randn(z_0.shape, generator=generator)
-    alpha = alphas_cumprod[t].sqrt()[:, None, None, None]
-    sigma = (1.0 - alphas_cumprod[t]).sqrt()[:, None, None, None]
     template = int(torch.randint(tokens.shape[1], (1,), generator=generator))
     read = text(tokens[:, template]).last_hidden_state  # (11, context, width)
     given = read[dropped(labels, len(tokens) - 1, recipe, generator)]
-    return F.mse_loss(unet(alpha * z_0 + sigma * noise, t, given).sample, noise)
+    return F.mse_loss(unet(scheduler().add_noise(z_0, noise, t), t, given).sample, noise)
 
 
 def main() -> None:
@@ -110,7 +116,7 @@ def main() -> None:
         text_encoder=text,
         tokenizer=tokenizer,
         unet=unet,
-        scheduler=diffusers.DDIMScheduler(**SCHEDULER),
+        scheduler=scheduler(),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
