@@ -113,21 +113,10 @@ def drawn(name: str, run: Path, claims: Path, style: Style, width: str) -> Figur
 def shown_texts(found: Figure) -> list[tuple[str, tuple[float, float, float, float]]]:
     """Every text with its box, in pixels; an annotation without its thread."""
     held = [t for t in found.findobj(Text) if t.get_visible() and t.get_text().strip()]
+    both = [axis for axes in found.axes for axis in (axes.xaxis, axes.yaxis)]
     # ticks beyond the limits of an axis are objects too, but are not drawn
-    drawn_ticks = {
-        id(label)
-        for axes in found.axes
-        for axis in (axes.xaxis, axes.yaxis)
-        for tick in axis._update_ticks()
-        for label in (tick.label1, tick.label2)
-    }
-    ticks = {
-        id(label)
-        for axes in found.axes
-        for axis in (axes.xaxis, axes.yaxis)
-        for tick in axis.get_major_ticks()
-        for label in (tick.label1, tick.label2)
-    }
+    drawn_ticks = {id(label) for axis in both for tick in axis._update_ticks() for label in (tick.label1, tick.label2)}
+    ticks = {id(label) for axis in both for tick in axis.get_major_ticks() for label in (tick.label1, tick.label2)}
     off = {id(t) for axes in found.axes if not axes.axison for t in axes.findobj(Text)}
     kept = [t for t in held if (id(t) not in ticks or id(t) in drawn_ticks) and id(t) not in off]
     return [(t.get_text(), Text.get_window_extent(t).extents) for t in kept]
