@@ -1,0 +1,1 @@
+"""What other libraries bring around the network, by name: caches, guidance, quantisation."""
