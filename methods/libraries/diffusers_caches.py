@@ -125,7 +125,10 @@ class DiffusersCache(Wrap):
         noise, cond = context.noise(indices), context.cond(indices)
         field = context.denoiser(len(indices))
         found: list[list[float]] = []
-        settings = {"calibrate": True, "num_inference_steps": 10**9}  # it prints its ratios where it ends: it never does
+        settings = {
+            "calibrate": True,
+            "num_inference_steps": 10**9,
+        }  # it prints its ratios where it ends: it never does
 
         def wrap(inner: Denoiser) -> Denoiser:
             return _Cached(inner, self, settings, lambda states: found.append(_ratios(states)))
@@ -157,7 +160,9 @@ class DiffusersCache(Wrap):
             given["taylor_factors_dtype"] = dtype
         if "is_guidance_distilled" in known:
             given |= {"is_guidance_distilled": True, "tensor_format": "BCHW"}
-        if self.target == "PAB" and not {"spatial_attention_block_skip_range", "cross_attention_block_skip_range"} & {*given}:
+        if self.target == "PAB" and not {"spatial_attention_block_skip_range", "cross_attention_block_skip_range"} & {
+            *given
+        }:
             given["spatial_attention_block_skip_range"] = 2  # what it defaults to, with a message
         return getattr(hooks, _CONFIGS[self.target])(**given)
 
@@ -259,7 +264,9 @@ class _Cached(NetworkWrap):
         except Unsupported:
             raise
         except _COMPLAINTS as error:
-            raise Unsupported(f"not supported: {self.cache.target} on {type(network).__name__}: {line(error)}") from error
+            raise Unsupported(
+                f"not supported: {self.cache.target} on {type(network).__name__}: {line(error)}"
+            ) from error
         self._states[branch], self._calls[branch] = after, call + 1
         if self.told is not None:
             self.told(after)
@@ -408,7 +415,9 @@ def _work(network: nn.Module, call: Callable[[], object]) -> int:
 
     ran: list[int] = []
     handles = [
-        module.register_forward_hook(lambda *_: ran.append(1)) for module in network.modules() if isinstance(module, Linear)
+        module.register_forward_hook(lambda *_: ran.append(1))
+        for module in network.modules()
+        if isinstance(module, Linear)
     ]
     try:
         call()

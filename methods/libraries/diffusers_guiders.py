@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -40,6 +40,7 @@ _SETTINGS = (
     "zero_init_steps",
 )
 _UNUSABLE = {"LTX2Guidance": "guides video and sound together, by predictions that other models do not make"}
+_CONFIGS = {"AutoGuidance": "auto_guidance_config", "SkipLayerGuidance": "skip_layer_config"}
 _COMPLAINTS = (TypeError, ValueError, IndexError, KeyError, AttributeError, RuntimeError, ImportError)
 
 
@@ -124,9 +125,8 @@ class DiffusersGuider(Wrap):
 
         given = self._own()
         given.pop("dropout", None)  # 1 is what blocks are skipped with
-        if self.target == "AutoGuidance":  # which takes lists of layers only in this form
-            skipped = hooks.LayerSkipConfig(indices=list(self.layers), fqn="auto")
-            given["auto_guidance_config"] = [skipped]
+        if self.target in _CONFIGS:  # whose shorter setting for layers makes a list of numbers that the hooks refuse
+            given[_CONFIGS[self.target]] = [hooks.LayerSkipConfig(indices=list(self.layers), fqn="auto")]
         elif self.layers:
             given[_layers_argument(self.target)] = list(self.layers)
         try:
@@ -207,14 +207,10 @@ class _Guided(DenoiserWrap):
 
 @lru_cache(maxsize=1)
 def _names() -> tuple[str, ...]:
-    import diffusers
-    from diffusers.guiders import BaseGuidance
+    import diffusers.guiders as guiders
 
-    found = vars(diffusers.guiders)
-    own = [name for name in dir(diffusers.guiders) if inspect.isclass(getattr(diffusers.guiders, name))]
-    return tuple(
-        sorted(n for n in own if issubclass(getattr(diffusers.guiders, n), BaseGuidance) and n != "BaseGuidance")
-    ) or tuple(found)
+    classes = inspect.getmembers(guiders, inspect.isclass)
+    return tuple(n for n, cls in classes if issubclass(cls, guiders.BaseGuidance) and cls is not guiders.BaseGuidance)
 
 
 @lru_cache(maxsize=64)
