@@ -578,6 +578,17 @@ class Preparation(ABC):
             Unsupported: the suite's model has no data to draw.
         """
 
+    def features(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        """Features of samples x, (N, *S), by a network that can be differentiated: (N, D), with x's gradient.
+
+        Args:
+            name: `identity`, or a network of images that the preparation knows.
+
+        Raises:
+            Unsupported: the suite's samples have no such features.
+        """
+        raise Unsupported(f"not supported: needs differentiable features {name}")
+
     @abstractmethod
     def distance(self, x: torch.Tensor) -> float:
         """The metric oracle: Frechet distance of samples x, (n, *S), to the search split of the data.

@@ -18,8 +18,10 @@ import torch
 from evalbench import registry
 from evalbench.cost.ledger import Ledger
 from evalbench.denoiser import Field
+from evalbench.errors import Unsupported
 from evalbench.interfaces import Artifact, Cond, Denoiser, Modifier, Preparation, SampleBatch, Step, Time, Want, Wrap
 from evalbench.metrics.frechet import Gaussian, frechet_distance, moments
+from evalbench.models.nets import differentiable
 from evalbench.noise import NoiseSource
 from evalbench.registry import Chain
 from evalbench.sampling import Setup, conditions, images_of, wrapped
@@ -149,6 +151,15 @@ class Context(Preparation):
     def data(self, n: int, seed: int = 0) -> tuple[torch.Tensor, Cond]:
         cond = self.cond(range(n))
         return self._setup.model.data(range(n), cond.labels, SEARCH + seed), cond
+
+    def features(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        if name == "identity":
+            return x.flatten(1)
+        model = self._setup.model
+        if not model.is_image:
+            raise Unsupported(f"not supported: needs images for the features of {name}")
+        pixels = (model.decode(x).clamp(-1.0, 1.0) + 1.0) * 127.5  # as in `to_uint8`, without its rounding
+        return differentiable(name)(pixels.float())
 
     def distance(self, x: torch.Tensor) -> float:
         return self._distance(x, self._reference())

@@ -7,6 +7,7 @@ float32, on the CPU. Weights lie in zoo/ as float16 safetensors, EfficientNet-Li
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -139,6 +140,24 @@ def load_fashion64() -> Fashion64:
 def load_fashion_classifier() -> FashionClassifier:
     """The classifier that checks whether a sample shows its label."""
     return _loaded(FashionClassifier(), "fashion-classifier")
+
+
+def differentiable(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Features (B, D) of images 0..255 as floats, (B, 1, 32, 32), with their gradient: for training on them.
+
+    Args:
+        name: `fashion64`, or `fashion-classifier` for its last hidden layer.
+
+    Raises:
+        UserError: neither.
+    """
+    if name == "fashion64":
+        return load_fashion64()
+    if name != "fashion-classifier":
+        raise unknown("differentiable features", name, ["fashion64", "fashion-classifier"])
+    network = load_fashion_classifier()
+    hidden = network.top[:-1]
+    return lambda images: hidden(network.body(images / 255))
 
 
 def load_tiny_clip(folder: Path = TINY_CLIP) -> tuple[Any, Any]:

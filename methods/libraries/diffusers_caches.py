@@ -383,7 +383,7 @@ def _reason(target: str) -> str:
 
 @lru_cache(maxsize=64)
 def complaint(target: str, kind: str) -> str:
-    """What goes wrong when a cache is tried on a small network of a class, over a few calls; empty when nothing does."""
+    """What goes wrong when a cache is tried on a small network of a class for a few steps; empty when nothing does."""
     network = tiny(kind)
     extra = {"mag_ratios": [1.0] * _PROBES, "num_inference_steps": _PROBES} if target in _CALIBRATED else {}
     states: list[Any] = []

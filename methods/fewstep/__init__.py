@@ -1,0 +1,1 @@
+"""Few-step samplers whose networks are trained before sampling."""
