@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from evalbench.errors import Unsupported, UserError
-from evalbench.interfaces import Artifact, Denoiser, Preparation
+from evalbench.interfaces import Artifact, Claim, Denoiser, Preparation
 from evalbench.registry import register
 
 from ._calibration import check_samples, evenly
@@ -315,3 +315,41 @@ class TFMQCache(TFMQ):
         modules |= {n: _Lookup(clock, time, i, known, table[i]) for i, n in enumerate(time.projections)}
         groups = int(artifact.facts["groups"])
         return denoiser.within(lambda inner: Quantised(inner, modules, groups, key="time table"))
+
+
+_SOURCE = "TFMQ-DM and its extension; catalogue A 42, A 38"
+
+CLAIM = (
+    Claim(
+        text="Learned time features and ranges per time group err less at W4A8 than plain W4A8",
+        suite="fashion-sd",
+        arm="ddim+tfmq(tiar=500)",
+        baseline="ddim+tfmq(groups=1,tiar=0)",
+        nfe=20,
+        metric="paired-rms@pixels",
+        direction="lower",
+        effect=0.1,
+        level="E",
+        author="catalogue",
+        transfer="weak",
+        source=_SOURCE,
+        prepare_seeds=(0, 1, 2),
+        witness="tests/methods/test_quantization.py",
+    ),
+    Claim(
+        text="Exact time features from a table err less at W4A8 than learned ones",
+        suite="fashion-sd",
+        arm="ddim+tfmq-cache",
+        baseline="ddim+tfmq(tiar=500)",
+        nfe=20,
+        metric="paired-rms@pixels",
+        direction="lower",
+        effect=0.05,
+        level="E",
+        author="catalogue",
+        transfer="weak",
+        source=_SOURCE,
+        prepare_seeds=(0, 1, 2),
+        witness="tests/methods/test_quantization.py",
+    ),
+)

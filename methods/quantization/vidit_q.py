@@ -10,7 +10,7 @@ import torch
 
 from evalbench.engine import check_choice
 from evalbench.errors import Unsupported, UserError
-from evalbench.interfaces import Artifact, Preparation
+from evalbench.interfaces import Artifact, Claim, Preparation
 from evalbench.registry import register
 
 from ._calibration import States, check_samples, evaluate, evenly
@@ -166,3 +166,57 @@ def _extents(seen: Seen, balance: np.ndarray | None, groups: int) -> np.ndarray:
             lo, hi = -bound, bound
         rows.append([[lo, hi]])
     return np.array(rows)
+
+
+_SOURCE = "ViDiT-Q; catalogue A 14"
+
+CLAIM = (
+    Claim(
+        text="Dynamic ranges of each token err less at W8A8 than static ranges of each layer",
+        suite="fashion-dit",
+        arm="ddim+vidit-q(bits=w8a8)",
+        baseline="ddim+vidit-q(bits=w8a8,dynamic=false,alpha=-1)",
+        nfe=20,
+        metric="paired-rms@pixels",
+        direction="lower",
+        effect=0.3,
+        level="E",
+        author="catalogue",
+        transfer="weak",
+        source=_SOURCE,
+        prepare_seeds=(0, 1, 2),
+        witness="tests/methods/test_quantization.py",
+    ),
+    Claim(
+        text="Balancing by time range errs less at W4A8 than no balancing",
+        suite="fashion-dit",
+        arm="ddim+vidit-q(bits=w4a8)",
+        baseline="ddim+vidit-q(bits=w4a8,alpha=-1)",
+        nfe=20,
+        metric="paired-rms@pixels",
+        direction="lower",
+        effect=0.1,
+        level="E",
+        author="catalogue",
+        transfer="weak",
+        source=_SOURCE,
+        prepare_seeds=(0, 1, 2),
+        witness="tests/methods/test_quantization.py",
+    ),
+    Claim(
+        text="Sparing the sensitive half errs less at W4A8 than sparing the MLPs, as the release does",
+        suite="fashion-dit",
+        arm="ddim+vidit-q(bits=w4a8,mixed=sensitivity)",
+        baseline="ddim+vidit-q(bits=w4a8,mixed=released)",
+        nfe=20,
+        metric="paired-rms@pixels",
+        direction="lower",
+        effect=0.1,
+        level="E",
+        author="catalogue",
+        transfer="weak",
+        source=_SOURCE,
+        prepare_seeds=(0, 1, 2),
+        witness="tests/methods/test_quantization.py",
+    ),
+)

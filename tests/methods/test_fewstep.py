@@ -59,6 +59,7 @@ def test_training_changes_the_samples_but_not_the_network_and_is_billed() -> Non
     assert torch.equal(sampled("ddim", 3)[0], plain)
 
 
+@pytest.mark.slow
 def test_every_weight_gets_a_gradient_through_all_steps() -> None:
     prepared = made("ddim+mmd-ddm(iterations=1,batch=4,rate=0.001)", 2)
     network = twins.setup("dit").door.network
@@ -72,6 +73,7 @@ def test_every_weight_gets_a_gradient_through_all_steps() -> None:
     assert all(name.endswith("to_k.bias") for name in still), still
 
 
+@pytest.mark.slow
 def test_training_lowers_its_loss_on_its_own_features() -> None:
     prepared = made("ddim+mmd-ddm(iterations=12,batch=16,rate=0.003,features=identity)", 2)
     artifact = prepared.artifacts[1]
@@ -80,6 +82,7 @@ def test_training_lowers_its_loss_on_its_own_features() -> None:
     assert np.mean(losses[-3:]) < np.mean(losses[:3])
 
 
+@pytest.mark.slow
 def test_the_hybrid_is_the_base_first_and_the_student_then() -> None:
     prepared = made(HYBRID, 5)
     found, ledger = sampled(HYBRID, 5, prepared)

@@ -47,6 +47,7 @@ def traces(kind: str) -> list[str]:
     return [n for n, module in network.named_modules() if {"forward", "_diffusers_hook"} & vars(module).keys()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "method"), RUNS)
 def test_a_cache_saves_operations_changes_samples_and_leaves_no_trace(kind: str, method: str) -> None:
     exact, plain = sampled(kind, "ddim")
@@ -79,6 +80,7 @@ def test_a_sample_of_a_cache_that_looks_at_it_does_not_depend_on_its_neighbours(
     torch.testing.assert_close(sampled("dit", method, (1,))[0], together[1:], rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", ["dpm-solver++(order=2)", "unipc", "heun"])
 def test_caches_compose_with_solvers(solver: str) -> None:
     found, ledger = sampled("dit", f"{solver}+diffusers-cache:PAB")
@@ -93,6 +95,7 @@ def test_the_classifier_free_guider_is_cfg() -> None:
     assert ledger.cost.tolist() == plain.cost.tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "method", "rows"), GUIDERS)
 def test_a_guider_counts_each_of_its_predictions(kind: str, method: str, rows: float) -> None:
     found, ledger = sampled(kind, f"ddim+{method}")
@@ -103,6 +106,7 @@ def test_a_guider_counts_each_of_its_predictions(kind: str, method: str, rows: f
     assert traces(kind) == []
 
 
+@pytest.mark.slow
 def test_auto_guidance_that_skips_a_block_is_counted_by_hand() -> None:
     setup = twins.setup("dit")
     blocks = len(setup.door.network.transformer_blocks)  # type: ignore[arg-type]

@@ -74,6 +74,7 @@ def test_unquantised_bits_reproduce_the_model_to_the_bit(kind: str, method: str)
         assert torch.equal(found, exact)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "method"), ONE_OF_EACH)
 @pytest.mark.parametrize("solver", ["ddim", "dpm-solver++(order=2)", "unipc"])
 def test_it_composes_with_solvers_and_leaves_the_network_alone(kind: str, method: str, solver: str) -> None:
@@ -95,6 +96,7 @@ def test_it_composes_with_solvers_and_leaves_the_network_alone(kind: str, method
         np.testing.assert_allclose(ledger.cost, 8.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "method"), [("dit", "ptq4dm(samples=3,steps=3)"), ("sd", "vidit-q(samples=3,steps=3)")]
 )
@@ -139,6 +141,7 @@ def test_calibration_is_billed() -> None:
     assert prepared("dit", "ddim+vidit-q(samples=3,steps=3)").bill["nfe"] == 3 * 3 + 3 * 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("calibration", ["ndtc", "uniform", "noise", "images", "forward"])
 def test_calibration_sets_are_where_they_say(calibration: str) -> None:
     method = f"ddim+ptq4dm(calibration={calibration},samples=6,steps=20)"
@@ -220,6 +223,7 @@ def test_a_time_that_the_table_does_not_hold_is_computed() -> None:
     torch.testing.assert_close(found, exact)
 
 
+@pytest.mark.slow
 def test_mixed_precision_spares_the_more_sensitive_half() -> None:
     facts = artifact("sd", f"ddim+vidit-q({SMALL},bits=w3a4,mixed=sensitivity)").facts
     kinds = {"cross", "mlp", "self"}
