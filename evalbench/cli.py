@@ -356,14 +356,31 @@ def export(
         print(path)
 
 
+@app.command()
+def pack(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
+    out: Annotated[Path | None, typer.Option("--out", help="File; default RUN.evalbench.zip beside it.")] = None,
+) -> None:
+    """A run as one file: records, table, sums and scores, first images, digests; `evalbench verify FILE` checks it."""
+    from evalbench.bundle import pack_command
+
+    pack_command(run_folder, out)
+
+
 @app.command("verify")
 def verify_run(
-    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, or a file of `evalbench pack`.")],
     repair: Annotated[
         bool, typer.Option("--repair", help="Remove what is damaged, so that `evalbench run` computes it again.")
     ] = False,
 ) -> None:
-    """Check every record, chunk, preparation and the table of a run; exit 4 when something is damaged."""
+    """Check records, chunks, preparations and the table of a run, or a packed run; exit 4 when something is wrong."""
+    if run_folder.is_file():
+        if repair:
+            raise UserError(f"--repair is for run folders; '{run_folder}' is a file, pack the run again")
+        from evalbench import bundle
+
+        raise typer.Exit(bundle.verify_command(run_folder))
     from evalbench.upkeep import verify_command
 
     raise typer.Exit(verify_command(run_folder, repair=repair))

@@ -105,15 +105,19 @@ def reduce_counts(store: Store, chunks: Sequence[Chunk]) -> dict[str, float]:
 
     A count that only some chunks have (a role that was not always called) is zero in the others.
     """
-    blocks = [
-        {name.removeprefix("count:"): values for name, values in store.read_chunk(chunk).items() if "count:" in name}
-        for chunk in chunks
-    ]
+    blocks = [counts_in(store.read_chunk(chunk)) for chunk in chunks]
     names = dict.fromkeys(name for block in blocks for name in block)
-    joined: Mapping[str, np.ndarray] = {
-        name: np.concatenate([block.get(name, np.zeros(len(block["nfe"]))) for block in blocks]) for name in names
-    }
-    counts = {name: float(values.mean()) for name, values in joined.items() if np.isfinite(values).all()}
-    if "nfe" in joined:
-        counts["nfe_p95"] = float(np.percentile(joined["nfe"], 95))
-    return counts
+    return count_means(
+        {name: np.concatenate([block.get(name, np.zeros(len(block["nfe"]))) for block in blocks]) for name in names}
+    )
+
+
+def counts_in(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The ledger's counts among the arrays of samples, by name, each (B,)."""
+    return {name.removeprefix("count:"): values for name, values in arrays.items() if name.startswith("count:")}
+
+
+def count_means(counts: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Means of counts over samples, and the 95th percentile of nfe; what is not finite for every sample stays out."""
+    means = {name: float(values.mean()) for name, values in counts.items() if np.isfinite(values).all()}
+    return means | ({"nfe_p95": float(np.percentile(counts["nfe"], 95))} if "nfe" in counts else {})
