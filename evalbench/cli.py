@@ -387,6 +387,17 @@ def verify_run(
 
 
 @app.command()
+def status(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, of a run that may be running.")],
+    json_: Annotated[bool, typer.Option("--json", help="One JSON object, for tools.")] = False,
+) -> None:
+    """How far a run is: cells, speed, time left, what each worker does, errors so far."""
+    from evalbench.status import status_command
+
+    status_command(run_folder, json_=json_)
+
+
+@app.command()
 def gc(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
     features: Annotated[

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from evalbench import environment, registry, sampling, shards, worker
+from evalbench import environment, registry, sampling, shards, status, worker
 from evalbench.artifacts import Artifacts
 from evalbench.cost.variants import Variant
 from evalbench.errors import EvalbenchError
@@ -75,8 +75,9 @@ def run(
     with (
         open_run(out, request.suite, request.plugins, shared=shard is not None) as store,
         shards.claims_of(store.folder, shard, policy or Policy()) as claims,
+        status.kept(store.folder, observer or Silent()) as told,
     ):
-        loop = _Loop(plan, store, executor, observer or Silent(), claims)
+        loop = _Loop(plan, store, executor, told, claims)
         loop.announce()
         if "quality" in request.measure:
             loop.quality()

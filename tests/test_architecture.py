@@ -51,6 +51,8 @@ ARROWS: dict[str, set[str]] = {
     "durable": {"errors"},
     "leases": {"errors"},
     "observer": {"errors"},
+    "progress": {"errors"},
+    "status": {"observer", "progress", "store"},
     "store": {"spec", "durable"},
     "reduce": {"metrics", "store", "stats"},
     "suite_references": {"spec"},
@@ -69,7 +71,8 @@ ARROWS: dict[str, set[str]] = {
     "claim_words": {"stats", "interfaces"},
     "claims": {"claim_words", "runner", "report"},  # report: the rendering
     "upkeep": {"store", "report"},
-    "runner": {"cluster", "plan", "shards", "reduce", "store", "artifacts", "observer"},
+    "runner": {"cluster", "plan", "shards", "reduce", "store", "artifacts", "observer", "status"},
+    "bundle": {"runner", "upkeep"},
 }
 # Components of their own inside a package that stands higher or lower.
 LEAVES = {
