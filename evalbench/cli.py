@@ -68,7 +68,9 @@ LeaseTime = Annotated[float, typer.Option("--lease", help="Seconds until a vanis
 Timeout = Annotated[float, typer.Option("--timeout", help="Seconds per chunk after which a worker counts as hanging.")]
 Save = Annotated[bool, typer.Option("--save-samples", help="Keep every image, for `evalbench export`.")]
 SmallN = Annotated[bool, typer.Option("--allow-small-n", help="Compute set distances below their least N.")]
-ShowPlan = Annotated[bool, typer.Option("--plan", help="Print cells, chunks and forwards; run nothing.")]
+ShowPlan = Annotated[
+    bool, typer.Option("--plan", help="Print cells, chunks, hours and disk, by a short probe; run nothing.")
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
@@ -132,10 +134,10 @@ def run(
         allow_small_n=allow_small_n,
         plugins=plugin or [],
     )
-    if plan:
-        _print_plan(request)
-        return
     folder = out or Path("results/runs") / request.suite.name
+    if plan:
+        _print_plan(request, folder, placement)
+        return
     _finish(_run(request, folder, placement), folder)
 
 
@@ -540,15 +542,13 @@ def _write_report(folder: Path, formats: tuple[str, ...], quiet: bool = False) -
     return paths, parse_suite(store.manifest()["suite"], "", where=f"manifest of {folder}"), store
 
 
-def _print_plan(request: Request) -> None:
+def _print_plan(request: Request, folder: Path, placement: Placement) -> None:
+    from evalbench import forecast
     from evalbench.runner import make_plan
 
     plan = make_plan(request)
-    samples = request.suite.sampling.samples
-    forwards = sum(cell.nfe for cell in plan.work) * samples
-    chunks = sum(len(plan.chunks(cell)) for cell in plan.work)
-    print(f"cells: {len(plan.cells)}  (with fine solutions: {len(plan.work)})")
-    print(f"chunks: {chunks}  samples per cell: {samples}  evaluations: at most {forwards:,}")
+    found = forecast.forecast(plan, folder, forecast.probe(plan) if "quality" in request.measure else None)
+    print("\n".join(forecast.lines(found, 1 if placement.serial else placement.workers or forecast.workers_here())))
 
 
 def _load_plugins(paths: list[str] | None) -> None:
