@@ -25,7 +25,7 @@ class Request:
         budget_unit: what `nfe` counts: evaluations of the field, network rows (`evals`), or steps of the grid.
         metrics: metric ids. measure: `quality`, `latency`.
         effort: how much a latency run measures. variant: text of how it executes networks; empty is as quality runs.
-        save_samples: keep every image. allow_small_n: see `reduce_metrics`.
+        save_samples: keep every image. allow_small_n: see `reduce_cell`.
         plugins: file name -> source.
     """
 

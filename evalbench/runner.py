@@ -22,7 +22,7 @@ from evalbench.failures import Policy
 from evalbench.interfaces import Parts
 from evalbench.observer import Observer, Silent
 from evalbench.plan import Plan, Request, make_cell, make_plan, unique
-from evalbench.reduce import parts_of, reduce_counts, reduce_metrics
+from evalbench.reduce import parts_of, reduce_cell
 from evalbench.shards import Claims, Shard
 from evalbench.spec import Cell, Chunk, Failure, Record, content_id
 from evalbench.store import DamagedChunk, Store, open_run
@@ -391,7 +391,7 @@ class _Loop:
         chunks = self.plan.chunks(cell)
         fine = None if solution is None or solution.id in self._failed else self.plan.chunks(solution)
         made_in = (self.store.chunk_facts(chunks[0]) or {}).get("environment", {})
-        metrics, missing = reduce_metrics(
+        found = reduce_cell(
             self.store,
             chunks,
             fine,
@@ -399,14 +399,12 @@ class _Loop:
             lambda key: self._reference(cell, key),
             allow_small_n=self.plan.request.allow_small_n,
         )
-        missing |= self.plan.unavailable
-        counts = reduce_counts(self.store, chunks)
         return Record(
             **base,
             status="ok",
-            metrics=metrics,
-            missing=missing,
-            counts=counts,
+            metrics=found.metrics,
+            missing={**found.missing, **self.plan.unavailable},
+            counts=found.counts,
             bill=self._artifacts.bill(cell),
             environment=made_in,
         )
