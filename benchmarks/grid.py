@@ -1,8 +1,8 @@
 """Twelve cells of `fashion-sd` through `evalbench run`, against the workflow that people have: one script per cell.
 
 The script (this file with --cell) loads the diffusers pipeline, samples with a diffusers scheduler, writes PNG files,
-and scores the folder by clean-fid with the same feature network. Both do the same network evaluations on the same cores:
-the script with torch's threads, evalbench with one worker per core. Time is from the command to the finished table.
+and scores the folder by clean-fid with the same feature network. Both do the same network evaluations on the same
+cores: the script with torch's threads, evalbench with a worker per core. Time is from command to finished table.
 
     python benchmarks/grid.py [--samples 256]
 """
