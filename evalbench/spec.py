@@ -178,7 +178,8 @@ def suite_names() -> list[str]:
 def load_suite(name_or_path: str) -> Suite:
     """A built-in suite by name, or one from a TOML file by path.
 
-    A suite may say `extends = "NAME"` and then list only what differs; tables are merged key by key.
+    A suite may say `extends = "NAME"` and then list only what differs; tables are merged key by key, floors by what
+    they are of.
 
     Raises:
         UserError: no such suite or file, not TOML, unknown or missing key, value out of range.
@@ -236,7 +237,19 @@ def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     for key, value in changes.items():
         both_tables = isinstance(value, dict) and isinstance(base.get(key), dict)
         result[key] = _merged(base[key], value) if both_tables else value
+    if isinstance(base.get("floors"), list) and isinstance(changes.get("floors"), list):
+        result["floors"] = _merged_floors(base["floors"], changes["floors"])
     return result
+
+
+def _merged_floors(base: list[Any], changes: list[Any]) -> list[Any]:
+    """Floors of both; where both have one of the same metric, N and kind, that of `changes`."""
+
+    def of(floor: Any) -> tuple[Any, ...]:
+        return tuple(floor.get(key) for key in ("metric", "samples", "what")) if isinstance(floor, dict) else (floor,)
+
+    replaced = {of(floor) for floor in changes}
+    return [floor for floor in base if of(floor) not in replaced] + changes
 
 
 def _one_line(error: ValidationError, where: str, model: type[BaseModel]) -> str:
