@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from types import SimpleNamespace
 
-import inception_weights
+import _inception_weights
 import numpy as np
 import pytest
 import torch
@@ -38,14 +38,14 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cache")
-    inception_weights.install(folder)
+    _inception_weights.install(folder)
     return folder
 
 
 @pytest.fixture
 def installed(cache, monkeypatch):
     monkeypatch.setenv("EVALBENCH_CACHE", str(cache))
-    monkeypatch.setattr(weights, "KNOWN", inception_weights.pinned(cache))
+    monkeypatch.setattr(weights, "KNOWN", _inception_weights.pinned(cache))
     monkeypatch.setattr(inception, "BATCH", 2)  # time: short batches are filled
     return cache
 
@@ -70,7 +70,7 @@ def theirs(recipe, images, cache, tmp_path):
         network = lambda x: layers((x - 128) / 128)  # noqa: E731 - the scaling of its InceptionV3W
         return get_folder_features(str(tmp_path), network, num_workers=0, device=torch.device("cpu"), verbose=False)
     if recipe == "pytorch":
-        network = inception_weights.pytorch_fid_network()
+        network = _inception_weights.pytorch_fid_network()
         with torch.no_grad():
             found = network(torch.from_numpy(images).permute(0, 3, 1, 2) / 255)[0]
         return found.flatten(1).numpy()
