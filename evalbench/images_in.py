@@ -21,7 +21,7 @@ from typing import IO, TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from evalbench.errors import UserError
+from evalbench.errors import UserError, some
 from evalbench.interfaces import Cond, Model, SampleBatch, Time
 
 if TYPE_CHECKING:
@@ -347,11 +347,15 @@ def _folder(path: Path) -> Source:
             yield name, _decode(file.read_bytes(), str(file))
 
     others = len(files) - len(names) - ("manifest.json" in files)
-    return Source(str(path), "folder", read, _notes(names, others), _promised(path / "manifest.json", len(names)))
+    return Source(str(path), "folder", read, _notes(names, others), _promised(path / "manifest.json", names))
 
 
-def _promised(manifest: Path, count: int) -> str:
-    """The digest in a manifest of `evalbench export`; empty when there is none."""
+def _promised(manifest: Path, names: Sequence[str]) -> str:
+    """The digest in a manifest of `evalbench export`; empty when there is none.
+
+    Raises:
+        UserError: it promises other images than the folder holds.
+    """
     if not manifest.is_file():
         return ""
     try:
@@ -360,8 +364,18 @@ def _promised(manifest: Path, count: int) -> str:
         return ""
     if not isinstance(facts, dict) or not {"samples", "sha256"} <= facts.keys():
         return ""
-    if facts["samples"] != count:
-        raise UserError(f"folder '{manifest.parent}' holds {count} images, its manifest.json says {facts['samples']}")
+    if facts["samples"] != len(names):
+        planned = {f"{i:06d}" for i in range(int(facts["samples"]))}  # as export names them
+        found = {stem(name) for name in names}
+        words = [
+            f"{what}: {some(sorted(ids))}"
+            for what, ids in (("missing", planned - found), ("more", found - planned))
+            if ids
+        ]
+        raise UserError(
+            f"folder '{manifest.parent}' holds {len(names)} images, its manifest.json says {facts['samples']} "
+            f"({'; '.join(words)})"
+        )
     return str(facts["sha256"])
 
 

@@ -303,6 +303,12 @@ def test_false_alarms_of_kid(shared, repeats):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("shared", [0.0, 1.0])
+def test_false_alarms_of_kid_power_law(shared):
+    assert rates(equally_far("kid", "power-law", 256, 512, shared), 400).missed <= 0.07
+
+
+@pytest.mark.slow
 def test_false_alarms_power_law():
     """d = 256, N = 10 d, 400 repetitions: false alarms and coverage are one question where the truth is 0."""
     assert 0.02 <= rates(equally_far("fd", "power-law", 256, 2560, 1.0), 400).missed <= 0.07
