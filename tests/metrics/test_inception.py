@@ -264,7 +264,7 @@ def test_scores_by_recipe(installed):
 
 def test_an_adm_npz_with_images_and_statistics(installed, tmp_path):
     """Frechet distances refer to its statistics, pooled or spatial, and kernel distances to its images."""
-    real, made = pictures(8, (32, 32)), list(pictures(8, (32, 32), seed=1))
+    real, made = pictures(4, (32, 32)), list(pictures(4, (32, 32), seed=1))
     rng = np.random.default_rng(2)
     stats = {"mu": rng.random(2048), "sigma": np.eye(2048), "mu_s": rng.random(2023), "sigma_s": np.eye(2023)}
     np.savez(tmp_path / "adm.npz", arr_0=real, **stats)
