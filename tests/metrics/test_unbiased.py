@@ -302,9 +302,7 @@ def test_false_alarms_of_kid(shared, repeats):
     assert 0.02 <= missed / sum(repeats) <= 0.07
 
 
-SKEW = pytest.mark.xfail(
-    reason="the goal is missed: 9 % of 400, all on one side, as error and difference rise together"
-)
+SKEW = pytest.mark.xfail(reason="goal missed: 9 % of 400, on one side, as error and difference rise together")
 
 
 @pytest.mark.slow
