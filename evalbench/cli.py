@@ -59,6 +59,7 @@ Batch = Annotated[int | None, typer.Option("--batch", help="Samples per network 
 Dtype = Annotated[str | None, typer.Option("--dtype", help="float32 or float64.")]
 Out = Annotated[Path | None, typer.Option("--out", help="Run folder; default results/runs/SUITE.")]
 Plugin = Annotated[list[str] | None, typer.Option("--plugin", help="Python file with @register; may be repeated.")]
+Modules = Annotated[list[str] | None, typer.Option("--module", help="Features NAME=FILE.py:OBJECT; may be repeated.")]
 Workers = Annotated[int | None, typer.Option("--workers", help="Ray workers; default one per GPU or CPU core.")]
 Address = Annotated[str | None, typer.Option("--address", help="A running Ray cluster to join.")]
 Serial = Annotated[bool, typer.Option("--serial", help="No Ray: everything in this process.")]
@@ -280,12 +281,17 @@ def score(
     sizes: Annotated[str | None, typer.Option("--sizes", help="Also at these N: 1000,2000; with the 1/N line.")] = None,
     captions: Annotated[str | None, typer.Option("--captions", help="JSON object or TSV: image id, caption.")] = None,
     baseline: Annotated[str | None, typer.Option("--baseline", help="Images of the same names to pair with.")] = None,
+    plan: Annotated[str | None, typer.Option("--plan", help="balanced:10, or a file of ids and classes.")] = None,
+    module: Modules = None,
+    plugin: Plugin = None,
     json_: Annotated[bool, typer.Option("--json", help="One JSON object, with the protocol.")] = False,
     allow_small_n: SmallN = False,
 ) -> None:
     """Quality metrics of images that exist already."""
     from evalbench.score import score_command
 
+    _load_plugins(plugin)
+    _load_modules(module)
     wanted = _words(metrics, "--metrics")
     score_command(
         source,
@@ -297,6 +303,7 @@ def score(
         baseline=baseline,
         allow_small_n=allow_small_n,
         sizes=sizes,
+        plan=plan,
     )
 
 
@@ -307,10 +314,14 @@ def make(
     out: Annotated[Path, typer.Option("--out", help="File to write, .safetensors.")],
     keep: Annotated[int, typer.Option("--keep", help="Features to keep, for kid, precision and recall.")] = 10_240,
     labels: Annotated[str | None, typer.Option("--labels", help="Text file, one class number per image.")] = None,
+    module: Modules = None,
+    plugin: Plugin = None,
 ) -> None:
     """Write mean, covariance and features of images, with their facts."""
     from evalbench.reference_files import make_command
 
+    _load_plugins(plugin)
+    _load_modules(module)
     make_command(source, features, out, keep, labels)
 
 
@@ -557,6 +568,13 @@ def _load_plugins(paths: list[str] | None) -> None:
     for path in paths or []:
         name, source = read_plugin(path)
         load_plugin(source, name)
+
+
+def _load_modules(words: list[str] | None) -> None:
+    if words:
+        from evalbench.metrics.modules import load_modules
+
+        load_modules(words)
 
 
 def _print_catalogue(rows: list[dict[str, Any]]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from evalbench.errors import EvalbenchError, UserError
+from evalbench.errors import BadSamples, EvalbenchError, UserError
 from evalbench.interfaces import Metric, Parts, Value
 from evalbench.metrics.common import value_of
 from evalbench.spec import Chunk, MetricValue
@@ -78,6 +78,22 @@ def reduce_cell(
         except (UserError, EvalbenchError) as error:
             missing[metric.id] = str(error)
     return Reduced(values, missing, count_means(joined(blocks)))
+
+
+def check_samples(store: Store, chunks: Sequence[Chunk]) -> None:
+    """What only a whole cell shows: fewer samples than planned, or one sample twice.
+
+    Raises:
+        BadSamples: with the ids of the samples.
+    """
+    first: dict[str, int] = {}
+    for chunk in chunks:
+        digests = (store.chunk_facts(chunk) or {}).get("digests", [])  # of images; older chunks have none
+        if digests and len(digests) != chunk.stop - chunk.start:
+            raise BadSamples(f"{len(digests)} samples stand for samples {chunk.start}-{chunk.stop - 1}")
+        for i, digest in enumerate(digests, chunk.start):
+            if first.setdefault(digest, i) != i:
+                raise BadSamples(f"sample {i} is a copy of sample {first[digest]}")
 
 
 def states_of(
