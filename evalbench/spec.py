@@ -167,7 +167,7 @@ class Suite(Frozen):
         try:
             return self.model_copy(update={"sampling": Sampling(**content)})
         except ValidationError as error:
-            raise UserError(_one_line(error, "command line", Sampling)) from None
+            raise UserError(validation_line(error, "command line", Sampling)) from None
 
 
 def suite_names() -> list[str]:
@@ -200,7 +200,7 @@ def parse_suite(content: dict[str, Any], folder: str, *, where: str) -> Suite:
     try:
         suite = Suite(**content, folder=folder)
     except ValidationError as error:
-        raise UserError(_one_line(error, where, Suite)) from None
+        raise UserError(validation_line(error, where, Suite)) from None
     if not _NAME.fullmatch(suite.name):
         raise UserError(f"{where}: name '{suite.name}' may hold letters, digits, '.', '_' and '-' only")
     if suite.metrics.primary not in suite.metrics.names:
@@ -239,7 +239,7 @@ def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _one_line(error: ValidationError, where: str, model: type[BaseModel]) -> str:
+def validation_line(error: ValidationError, where: str, model: type[BaseModel]) -> str:
     """One of pydantic's complaints as one line; an unknown key first, since it explains a missing one."""
     first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     place = ".".join(str(part) for part in first["loc"])
@@ -467,4 +467,4 @@ def record_from_json(line: str, *, where: str) -> Record:
     try:
         return Record(**content)
     except ValidationError as error:
-        raise EvalbenchError(_one_line(error, where, Record)) from None
+        raise EvalbenchError(validation_line(error, where, Record)) from None

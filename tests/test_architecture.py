@@ -55,7 +55,8 @@ ARROWS: dict[str, set[str]] = {
     "reduce": {"metrics", "store", "stats"},
     "suite_references": {"spec"},
     "compare": {"stats", "store", "metrics", "suite_references", "report"},  # the paired statistics; the rendering
-    "report": {"store", "stats", "cost.speedup"},
+    "published": {"spec"},
+    "report": {"store", "stats", "cost.speedup", "published"},
     "sampling": {"models", "engine", "cost", "environment", "metrics"},
     "preparation": {"sampling", "metrics"},
     "worker": {"preparation", "suite_references"},
