@@ -234,6 +234,7 @@ def compare(
     json_: Annotated[Path | None, typer.Option("--json", help="Write JSON.")] = None,
     format_: Annotated[str, typer.Option("--format", help="What is printed: console, md or json.")] = "console",
     strict: Annotated[bool, typer.Option("--strict", help="Undecided cells fail too.")] = False,
+    control: Annotated[str, typer.Option("--control", help="Of errors over cells: holm, or bh for reports.")] = "holm",
     fast: Annotated[bool, typer.Option("--fast", help="Only: are the first 64 samples the same?")] = False,
     base_method: Annotated[str | None, typer.Option("--base-method", help="Compare this method of BASE ...")] = None,
     new_method: Annotated[str | None, typer.Option("--new-method", help="... with this one of NEW.")] = None,
@@ -252,6 +253,7 @@ def compare(
         fast=fast,
         base_method=base_method,
         new_method=new_method,
+        control=control,
     )
     raise typer.Exit(code)
 

@@ -54,7 +54,14 @@ ARROWS: dict[str, set[str]] = {
     "store": {"spec", "durable"},
     "reduce": {"metrics", "store", "stats"},
     "suite_references": {"spec"},
-    "compare": {"stats", "store", "metrics", "suite_references", "report"},  # the paired statistics; the rendering
+    "compare": {
+        "stats",
+        "store",
+        "metrics",
+        "suite_references",
+        "report",
+        "cost.ratio",
+    },  # the paired statistics; the rendering
     "published": {"spec"},
     "report": {"store", "stats", "cost.speedup", "published"},
     "sampling": {"models", "engine", "cost", "environment", "metrics"},
