@@ -259,6 +259,26 @@ def compare(
 
 
 @app.command()
+def bisect(
+    good: Annotated[str, typer.Argument(help="Commit whose samples are right.")],
+    bad: Annotated[str, typer.Argument(help="Later commit whose samples are not.")],
+    suite: Annotated[str, typer.Option("--suite", help="Suite that every commit runs.")] = "gmm-smooth",
+    methods: Methods = None,
+    nfe: Nfe = None,
+    samples: Annotated[int, typer.Option("--samples", help="Samples per cell.")] = 64,
+    plugin: Annotated[
+        list[str] | None, typer.Option("--plugin", help="Python file of the commit, with @register.")
+    ] = None,
+) -> None:
+    """The first commit whose samples differ, found by the fast gate in a git worktree of its own."""
+    from evalbench.bisect import Cells, bisect_command
+
+    budgets = tuple(_numbers(nfe, "--nfe", int) or ())
+    cells = Cells(suite, tuple(_methods(methods, None)), budgets, samples, tuple(plugin or ()))
+    raise typer.Exit(bisect_command(good, bad, cells))
+
+
+@app.command()
 def curve(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
     metrics: Annotated[str | None, typer.Option("--metrics", help="Metric ids; default the suite's primary.")] = None,

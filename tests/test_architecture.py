@@ -62,6 +62,7 @@ ARROWS: dict[str, set[str]] = {
         "report",
         "cost.ratio",
     },  # the paired statistics; the rendering
+    "bisect": {"compare"},  # commits run in processes of their own
     "published": {"spec"},
     "report": {"store", "stats", "cost.speedup", "published"},
     "sampling": {"models", "engine", "cost", "environment", "metrics"},

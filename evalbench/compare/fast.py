@@ -68,11 +68,12 @@ def fast_compare(base: Path | str, new: Path | str) -> FastComparison:
     olds, news = runs[0].cells(None), runs[1].cells(None)
     if not olds.keys() & news.keys():
         return FastComparison(str(base), str(new), ())
-    cells = [_sameness(runs, olds[key], news.get(key)) for key in sorted(olds) if olds[key].status == "ok"]
+    cells = [sameness(runs, olds[key], news.get(key)) for key in sorted(olds) if olds[key].status == "ok"]
     return FastComparison(str(base), str(new), tuple(cells))
 
 
-def _sameness(runs: tuple[Run, Run], old: Record, new: Record | None) -> Sameness:
+def sameness(runs: tuple[Run, Run], old: Record, new: Record | None) -> Sameness:
+    """Whether the first samples of two records are the same; `old` and `new` may be of two methods."""
     title = title_of(old.cell)
     try:
         if new is None:
