@@ -109,9 +109,13 @@ def run(
     save_samples: Save = False,
     allow_small_n: SmallN = False,
     plan: ShowPlan = False,
+    until: Annotated[str, typer.Option("--until", help="decided: stop each cell when its verdict stands.")] = "",
+    against: Annotated[Path | None, typer.Option("--against", help="Run folder that --until decides against.")] = None,
 ) -> None:
     """Run methods on a suite; the same command again continues, and adds cells to an existing run."""
     placement = Placement(serial, workers, address, device, shard, lease, timeout)
+    measured = _words(measure, "--measure")
+    sequential = _is_sequential(until, against, samples, measured) if until or against else False
     request = make_request(
         suite,
         methods=_methods(methods, method),
@@ -120,7 +124,7 @@ def run(
         guidance=_numbers(guidance, "--guidance", float),
         seeds=_numbers(seeds, "--seeds", int),
         metrics=None if metrics is None else _words(metrics, "--metrics"),
-        measure=_words(measure, "--measure"),
+        measure=measured,
         processes=processes,
         latency_rounds=latency_rounds,
         latency_batch=_numbers(latency_batch, "--latency-batch", int) or (),
@@ -135,6 +139,10 @@ def run(
     if plan:
         _print_plan(request)
         return
+    if sequential and against is not None:
+        raise typer.Exit(
+            _run_until(request, out or Path("results/runs") / f"{request.suite.name}-until", against, placement)
+        )
     folder = out or Path("results/runs") / request.suite.name
     _finish(_run(request, folder, placement), folder)
 
@@ -484,6 +492,23 @@ def _run(request: Request, folder: Path, placement: Placement) -> list[Record]:
         lambda make, bar: runner.run(request, folder, make, bar, shard=shard, policy=policy),
         placement,
     )
+
+
+def _is_sequential(until: str, against: Path | None, samples: int | None, measure: list[str]) -> bool:
+    from evalbench.sequential import check_options
+
+    return check_options(until, against, samples, measure)
+
+
+def _run_until(request: Request, folder: Path, against: Path, placement: Placement) -> int:
+    """Print where each cell stopped; the exit code."""
+    from evalbench.sequential import exit_code, until_decided
+
+    stopped = _compute(lambda make, bar: list(until_decided(request, folder, against, make, bar)), placement)
+    for one in stopped:
+        print(one.text)
+    print("verdicts only: cells that stopped early have unequal N and are no table values")
+    return exit_code(stopped)
 
 
 def _compute(work: Callable[[Callable[[], Executor], ProgressBar], Computed], placement: Placement) -> Computed:

@@ -63,6 +63,8 @@ ARROWS: dict[str, set[str]] = {
         "cost.ratio",
     },  # the paired statistics; the rendering
     "bisect": {"compare"},  # commits run in processes of their own
+    "looks": {"metrics", "stats"},
+    "sequential": {"looks", "compare", "runner"},
     "published": {"spec"},
     "report": {"store", "stats", "cost.speedup", "published"},
     "sampling": {"models", "engine", "cost", "environment", "metrics"},
