@@ -112,9 +112,13 @@ def run(
     save_samples: Save = False,
     allow_small_n: SmallN = False,
     plan: ShowPlan = False,
+    until: Annotated[str, typer.Option("--until", help="decided: stop each cell when its verdict stands.")] = "",
+    against: Annotated[Path | None, typer.Option("--against", help="Run folder that --until decides against.")] = None,
 ) -> None:
     """Run methods on a suite; the same command again continues, and adds cells to an existing run."""
     placement = Placement(serial, workers, address, device, shard, lease, timeout)
+    measured = _words(measure, "--measure")
+    sequential = _is_sequential(until, against, samples, measured) if until or against else False
     request = make_request(
         suite,
         methods=_methods(methods, method),
@@ -123,7 +127,7 @@ def run(
         guidance=_numbers(guidance, "--guidance", float),
         seeds=_numbers(seeds, "--seeds", int),
         metrics=None if metrics is None else _words(metrics, "--metrics"),
-        measure=_words(measure, "--measure"),
+        measure=measured,
         processes=processes,
         latency_rounds=latency_rounds,
         latency_batch=_numbers(latency_batch, "--latency-batch", int) or (),
@@ -139,6 +143,9 @@ def run(
     if plan:
         _print_plan(request, folder, placement)
         return
+    if sequential and against is not None:
+        until = out or folder.with_name(f"{request.suite.name}-until")
+        raise typer.Exit(_run_until(request, until, against, placement))
     _finish(_run(request, folder, placement), folder)
 
 
@@ -237,6 +244,7 @@ def compare(
     json_: Annotated[Path | None, typer.Option("--json", help="Write JSON.")] = None,
     format_: Annotated[str, typer.Option("--format", help="What is printed: console, md or json.")] = "console",
     strict: Annotated[bool, typer.Option("--strict", help="Undecided cells fail too.")] = False,
+    control: Annotated[str, typer.Option("--control", help="Of errors over cells: holm, or bh for reports.")] = "holm",
     fast: Annotated[bool, typer.Option("--fast", help="Only: are the first 64 samples the same?")] = False,
     base_method: Annotated[str | None, typer.Option("--base-method", help="Compare this method of BASE ...")] = None,
     new_method: Annotated[str | None, typer.Option("--new-method", help="... with this one of NEW.")] = None,
@@ -255,8 +263,29 @@ def compare(
         fast=fast,
         base_method=base_method,
         new_method=new_method,
+        control=control,
     )
     raise typer.Exit(code)
+
+
+@app.command()
+def bisect(
+    good: Annotated[str, typer.Argument(help="Commit whose samples are right.")],
+    bad: Annotated[str, typer.Argument(help="Later commit whose samples are not.")],
+    suite: Annotated[str, typer.Option("--suite", help="Suite that every commit runs.")] = "gmm-smooth",
+    methods: Methods = None,
+    nfe: Nfe = None,
+    samples: Annotated[int, typer.Option("--samples", help="Samples per cell.")] = 64,
+    plugin: Annotated[
+        list[str] | None, typer.Option("--plugin", help="Python file of the commit, with @register.")
+    ] = None,
+) -> None:
+    """The first commit whose samples differ, found by the fast gate in a git worktree of its own."""
+    from evalbench.bisect import Cells, bisect_command
+
+    budgets = tuple(_numbers(nfe, "--nfe", int) or ())
+    cells = Cells(suite, tuple(_methods(methods, None)), budgets, samples, tuple(plugin or ()))
+    raise typer.Exit(bisect_command(good, bad, cells))
 
 
 @app.command()
@@ -503,6 +532,23 @@ def _run(request: Request, folder: Path, placement: Placement) -> list[Record]:
         lambda make, bar: runner.run(request, folder, make, bar, shard=shard, policy=policy),
         placement,
     )
+
+
+def _is_sequential(until: str, against: Path | None, samples: int | None, measure: list[str]) -> bool:
+    from evalbench.sequential import check_options
+
+    return check_options(until, against, samples, measure)
+
+
+def _run_until(request: Request, folder: Path, against: Path, placement: Placement) -> int:
+    """Print where each cell stopped; the exit code."""
+    from evalbench.sequential import exit_code, until_decided
+
+    stopped = _compute(lambda make, bar: list(until_decided(request, folder, against, make, bar)), placement)
+    for one in stopped:
+        print(one.text)
+    print("verdicts only: cells that stopped early have unequal N and are no table values")
+    return exit_code(stopped)
 
 
 def _compute(work: Callable[[Callable[[], Executor], ProgressBar], Computed], placement: Placement) -> Computed:

@@ -421,7 +421,10 @@ class _Loop:
         if key.startswith("converged/") and guided:
             return None
         if key not in self._references:
-            self._references[key] = worker.load_reference(request.suite, key, request.plugins)
+            found = worker.load_reference(request.suite, key, request.plugins)
+            if found is not None and request.suite.references[key].model:
+                self.store.write_reference(key, found)
+            self._references[key] = found
         return self._references[key]
 
     def _protocol(self, cell: Cell) -> dict[str, Any]:

@@ -167,7 +167,7 @@ class Suite(Frozen):
         try:
             return self.model_copy(update={"sampling": Sampling(**content)})
         except ValidationError as error:
-            raise UserError(_one_line(error, "command line", Sampling)) from None
+            raise UserError(validation_line(error, "command line", Sampling)) from None
 
 
 def suite_names() -> list[str]:
@@ -201,7 +201,7 @@ def parse_suite(content: dict[str, Any], folder: str, *, where: str) -> Suite:
     try:
         suite = Suite(**content, folder=folder)
     except ValidationError as error:
-        raise UserError(_one_line(error, where, Suite)) from None
+        raise UserError(validation_line(error, where, Suite)) from None
     if not _NAME.fullmatch(suite.name):
         raise UserError(f"{where}: name '{suite.name}' may hold letters, digits, '.', '_' and '-' only")
     if suite.metrics.primary not in suite.metrics.names:
@@ -252,7 +252,7 @@ def _merged_floors(base: list[Any], changes: list[Any]) -> list[Any]:
     return [floor for floor in base if of(floor) not in replaced] + changes
 
 
-def _one_line(error: ValidationError, where: str, model: type[BaseModel]) -> str:
+def validation_line(error: ValidationError, where: str, model: type[BaseModel]) -> str:
     """One of pydantic's complaints as one line; an unknown key first, since it explains a missing one."""
     first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     place = ".".join(str(part) for part in first["loc"])
@@ -480,4 +480,4 @@ def record_from_json(line: str, *, where: str) -> Record:
     try:
         return Record(**content)
     except ValidationError as error:
-        raise EvalbenchError(_one_line(error, where, Record)) from None
+        raise EvalbenchError(validation_line(error, where, Record)) from None

@@ -38,7 +38,7 @@ def damages(store: Store) -> Iterator[Damage]:
             store.read_chunk(chunk)
         except DamagedFile as error:
             yield Damage(store.chunk_file(chunk), str(error).split(";")[0])
-    for file in sorted((store.folder / "artifacts").glob("*.npz")):
+    for file in sorted(file for kind in ("artifacts", "references") for file in (store.folder / kind).glob("*.npz")):
         try:
             read_npz(file)
         except DamagedFile as error:

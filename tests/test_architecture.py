@@ -57,8 +57,19 @@ ARROWS: dict[str, set[str]] = {
     "store": {"spec", "durable"},
     "reduce": {"metrics", "store", "stats"},
     "suite_references": {"spec"},
-    "compare": {"stats", "store", "metrics", "suite_references", "report"},  # the paired statistics; the rendering
-    "report": {"store", "stats", "cost.speedup"},
+    "compare": {
+        "stats",
+        "store",
+        "metrics",
+        "suite_references",
+        "report",
+        "cost.ratio",
+    },  # the paired statistics; the rendering
+    "bisect": {"compare"},  # commits run in processes of their own
+    "looks": {"metrics", "stats"},
+    "sequential": {"looks", "compare", "runner"},
+    "published": {"spec"},
+    "report": {"store", "stats", "cost.speedup", "published"},
     "sampling": {"models", "engine", "cost", "environment", "metrics"},
     "preparation": {"sampling", "metrics"},
     "worker": {"preparation", "suite_references"},
