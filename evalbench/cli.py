@@ -144,8 +144,8 @@ def run(
         _print_plan(request, folder, placement)
         return
     if sequential and against is not None:
-        until = out or folder.with_name(f"{request.suite.name}-until")
-        raise typer.Exit(_run_until(request, until, against, placement))
+        apart = out or folder.with_name(f"{request.suite.name}-until")
+        raise typer.Exit(_run_until(request, apart, against, placement))
     _finish(_run(request, folder, placement), folder)
 
 
