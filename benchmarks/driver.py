@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray
 
 from evalbench import cluster, runner, worker
-from evalbench.cluster import RayExecutor
+from evalbench.cluster import RayExecutor, ray
 from evalbench.runner import Request
 from evalbench.spec import load_suite
 from evalbench.worker import ChunkResult
