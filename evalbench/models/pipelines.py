@@ -24,7 +24,7 @@ import torch
 
 from evalbench.errors import Unsupported, UserError, unknown
 from evalbench.interfaces import Blocks, Cond, Model, Time, Want
-from evalbench.models.blocks import blocks_of
+from evalbench.models.blocks import blocks_of, depth_of
 from evalbench.paths import Flow, VPDiscrete
 from evalbench.paths import Path as NoisePath
 from evalbench.registry import register
@@ -342,6 +342,9 @@ class DiffusersPipeline(Model):
     @property
     def path(self) -> NoisePath:
         return self._path
+
+    def depth(self) -> int:
+        return depth_of(self.network.config)
 
     @property
     def blocks(self) -> Blocks:
