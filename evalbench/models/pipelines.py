@@ -23,7 +23,8 @@ from typing import Any, ClassVar
 import torch
 
 from evalbench.errors import Unsupported, UserError, unknown
-from evalbench.interfaces import Cond, Model, Time, Want
+from evalbench.interfaces import Blocks, Cond, Model, Time, Want
+from evalbench.models.blocks import blocks_of, depth_of
 from evalbench.paths import Flow, VPDiscrete
 from evalbench.paths import Path as NoisePath
 from evalbench.registry import register
@@ -318,7 +319,7 @@ class DiffusersPipeline(Model):
         self._path, self._native, self._steps = schedule(self._folder)
         self.shape = self.network.shape
         self.num_classes = self.network.classes
-        self.provides = frozenset({"labels", "gradient"})
+        self.provides = frozenset({"labels", "gradient", "network", "blocks", "split"})
         self._vae_config = self._folder.config("vae") if self._folder.has("vae") else None
         self._vae: Any = None
 
@@ -341,6 +342,13 @@ class DiffusersPipeline(Model):
     @property
     def path(self) -> NoisePath:
         return self._path
+
+    def depth(self) -> int:
+        return depth_of(self.network.config)
+
+    @property
+    def blocks(self) -> Blocks:
+        return blocks_of(self.network.net)
 
     def check(self) -> None:
         if not self.sha256:
