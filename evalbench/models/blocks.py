@@ -338,6 +338,11 @@ def blocks_of(network: torch.nn.Module) -> Blocks:
     return _KINDS[name](network)
 
 
+def has_blocks(name: str) -> bool:
+    """Whether the inside of this class of diffusers is known."""
+    return name in _KINDS
+
+
 def depth_of(config: Mapping[str, Any]) -> int:
     """Number of blocks of a network by its configuration; nothing is allocated."""
     import diffusers
