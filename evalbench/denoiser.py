@@ -29,7 +29,20 @@ from evalbench.cost.breakdown import Stopwatch, span
 from evalbench.cost.flops import FlopCount, count, count_forward
 from evalbench.cost.ledger import Amount, Ledger
 from evalbench.errors import Unsupported
-from evalbench.interfaces import Blocks, Cond, Denoiser, DenoiserWrap, Edit, Model, Operator, Split, Step, Time, Want
+from evalbench.interfaces import (
+    Blocks,
+    Cond,
+    Denoiser,
+    DenoiserWrap,
+    Edit,
+    Model,
+    Operator,
+    Share,
+    Split,
+    Step,
+    Time,
+    Want,
+)
 from evalbench.paths import Path
 from evalbench.predictions import convert, dual, on_path, tangent_of
 
@@ -133,7 +146,7 @@ class NetworkDoor(Denoiser):
         want: Want = "x0",
         *,
         key: Hashable = "",
-        fraction: Amount | None = None,
+        fraction: Share | None = None,
         rows: np.ndarray | None = None,
     ) -> torch.Tensor:
         """A call that runs a part of the network, or the network changed: a cache, an early exit, a pruned block.
@@ -143,14 +156,18 @@ class NetworkDoor(Denoiser):
                 are counted, so it must not change what it reads.
             key: names the way it runs; its FLOPs are counted once per key and call signature.
             fraction: what each row computed, as a share of this network's full forward at x: a float, or (B,) where
-                rows stop at different depths. None: the share is the FLOPs of `forward` over the full forward's.
+                rows stop at different depths, or a function that says it after the call. None: the share is the
+                FLOPs of `forward` over the full forward's.
             x, t, cond, want, rows: as in a full call.
         """
         full = self._count("full", self._forward(x, t, cond), x, t, cond)
         unit = self._unit(x, t, cond)
-        flops: Amount = self._count(("partial", key), forward, x, t, cond) if fraction is None else fraction * full
+        counted = self._count(("partial", key), forward, x, t, cond) if fraction is None else math.nan
         with span(self.stopwatch, "denoiser"):
             out = forward()
+        if callable(fraction):
+            fraction = fraction()
+        flops: Amount = counted if fraction is None else fraction * full
         # where the full forward is the unit, a declared share needs no FLOPs to be exact
         is_unit = self.base is None and tuple(x.shape[1:]) == self.shape
         cost = fraction if fraction is not None and is_unit else flops / unit
@@ -166,10 +183,18 @@ class NetworkDoor(Denoiser):
         want: Want = "x0",
         *,
         key: Hashable,
-        fraction: Amount | None = None,
+        fraction: Share | None = None,
         step: Step | None = None,
         rows: np.ndarray | None = None,
     ) -> torch.Tensor:
+        forward = self._edited(edit, x, t, cond)
+        return self.partial(forward, x, t, cond, want, key=key, fraction=fraction, rows=rows)
+
+    def share(self, edit: Edit, x: torch.Tensor, t: Time, cond: Cond, *, key: Hashable) -> float:
+        part = self._count(("partial", key), self._edited(edit, x, t, cond), x, t, cond)
+        return part / self._count("full", self._forward(x, t, cond), x, t, cond)
+
+    def _edited(self, edit: Edit, x: torch.Tensor, t: Time, cond: Cond) -> Callable[[], torch.Tensor]:
         # what was compiled or recorded as a whole would not see the edit
         predict = getattr(self.model, "predict_eager", self.model.predict)
         plain = self._forward(x, t, cond, predict)
@@ -178,7 +203,7 @@ class NetworkDoor(Denoiser):
             with edit():
                 return plain()
 
-        return self.partial(forward, x, t, cond, want, key=key, fraction=fraction, rows=rows)
+        return forward
 
     @property
     def native(self) -> Want:

@@ -34,6 +34,8 @@ Time: TypeAlias = "float | torch.Tensor"  # one time for all rows, one per row (
 Edit: TypeAlias = Callable[[], AbstractContextManager[None]]  # within the context the network is another one
 # what runs instead of a module's forward, which it is given with the call's arguments
 Around: TypeAlias = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+# a share of a full forward: of all rows, of each, or not known before the call
+Share: TypeAlias = "float | np.ndarray | Callable[[], float | np.ndarray]"
 Features: TypeAlias = dict[str, Any]  # outputs of modules by their names: tensors, or tuples of tensors
 
 
@@ -249,7 +251,7 @@ class Denoiser(ABC):
         want: Want = "x0",
         *,
         key: Hashable,
-        fraction: float | np.ndarray | None = None,
+        fraction: Share | None = None,
         step: Step | None = None,
         rows: np.ndarray | None = None,
     ) -> torch.Tensor:
@@ -257,10 +259,16 @@ class Denoiser(ABC):
 
         Args:
             edit: entered once or twice: the call may be repeated to count its FLOPs.
-            key: names the way it runs; its FLOPs are counted once per key and call signature.
-            fraction: what each row computed, as a share of a full forward: a float, or (B,). None: as counted.
+            key: names the way it runs, settings included, among all edits of all methods; its FLOPs are counted once
+                per key and call signature.
+            fraction: what each row computed, as a share of a full forward: a float, (B,), or a function that says it
+                after the call. None: as counted.
             x, t, cond, want, step, rows: as in a call.
         """
+        raise Unsupported("not supported: needs network")
+
+    def share(self, edit: Edit, x: torch.Tensor, t: Time, cond: Cond, *, key: Hashable) -> float:
+        """What an edited call would compute, as a share of a full forward; counted, not charged. NaN while timed."""
         raise Unsupported("not supported: needs network")
 
     def within(self, wrap: Callable[[Denoiser], Denoiser]) -> Denoiser:
@@ -344,6 +352,9 @@ class DenoiserWrap(Denoiser):
     def split(self, at: int | None = None) -> Split:
         return self.inner.split(at)
 
+    def share(self, edit: Edit, x: torch.Tensor, t: Time, cond: Cond, *, key: Hashable) -> float:
+        return self.inner.share(edit, x, t, cond, key=key)
+
     def auxiliary(
         self, role: str, call: Callable[[], torch.Tensor], n: int, *, rows: np.ndarray | None = None
     ) -> torch.Tensor:
@@ -398,7 +409,7 @@ class NetworkWrap(DenoiserWrap):
         want: Want = "x0",
         *,
         key: Hashable,
-        fraction: float | np.ndarray | None = None,
+        fraction: Share | None = None,
         step: Step | None = None,
         rows: np.ndarray | None = None,
     ) -> torch.Tensor:
@@ -468,6 +479,14 @@ class Blocks(ABC):
     @abstractmethod
     def gate(self, gates: Mapping[str, float | torch.Tensor]) -> Edit:
         """Scale what the bodies of blocks add, by a number or by a tensor that broadcasts with their outputs."""
+
+    @abstractmethod
+    def keep_additions(self, names: Iterable[str], into: MutableMapping[str, Any]) -> Edit:
+        """Keep what the bodies of blocks add to what they are given."""
+
+    @abstractmethod
+    def add(self, additions: Mapping[str, Any]) -> Edit:
+        """Do not run the bodies of blocks: this is what they add."""
 
     @abstractmethod
     def swap(self, modules: Mapping[str, torch.nn.Module]) -> Edit:
@@ -622,6 +641,16 @@ class Method(Registered):
         `sample`, `wrap` or `modify` is called.
         """
         raise NotImplementedError
+
+    def check(self, nfe: int, blocks: int) -> None:
+        """Whether its settings fit a cell, before anything runs.
+
+        Args:
+            nfe: the cell's budget. blocks: of the suite's network; 0 where the model shows none.
+
+        Raises:
+            UserError: a block or a step that does not exist, with those that do.
+        """
 
     def equipped(self, artifact: Artifact | None) -> Self:
         """This method with its artefact."""
@@ -796,6 +825,10 @@ class Model(Registered, ABC):
     def reward(self, name: str, x0: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
         """A reward of clean samples by name, (B,), higher is better."""
         raise Unsupported(f"not supported: needs reward {name}")
+
+    def depth(self) -> int:
+        """Number of blocks of the network, without its weights; 0 for models that show none."""
+        return 0
 
     @property
     def blocks(self) -> Blocks:

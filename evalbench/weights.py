@@ -54,9 +54,39 @@ KNOWN: dict[str, Weights] = {
 }
 
 
+def cache() -> Path:
+    """The user's folder of everything that is not part of the package: EVALBENCH_CACHE."""
+    return Path(os.environ.get("EVALBENCH_CACHE") or Path.home() / ".cache" / "evalbench")
+
+
 def folder() -> Path:
     """Where weights lie."""
-    return Path(os.environ.get("EVALBENCH_CACHE") or Path.home() / ".cache" / "evalbench") / "weights"
+    return cache() / "weights"
+
+
+def local_repository(text: str) -> Path:
+    """The folder of a model's id `owner/name`: `models/owner/name` in the cache, else what the hub's client has kept.
+
+    Nothing is downloaded here.
+
+    Raises:
+        UserError: neither a folder nor an id that was fetched.
+    """
+    owner, slash, name = text.partition("/")
+    if not (slash and owner and name) or "/" in name or owner.startswith("."):
+        raise UserError(f"model folder '{text}' does not exist; give a folder that diffusers' save_pretrained wrote")
+    own = cache() / "models" / owner / name
+    if own.is_dir():
+        return own
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(text, local_files_only=True))
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError):
+        raise UserError(
+            f"model '{text}' is neither a folder nor fetched; put it into {own}, or type: hf download {text}"
+        ) from None
 
 
 def known(name: str) -> Weights:

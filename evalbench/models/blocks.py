@@ -27,8 +27,8 @@ from evalbench.interfaces import Around, Blocks, Edit, Features, Split, both
 _ENCODER_SHARE = 18 / 28
 
 
-class _Stop(Exception):
-    """The encoder is done; nothing after it is to run."""
+class _Stop(BaseException):
+    """The encoder is done, nothing after it is to run. No `Exception`: whoever counts FLOPs takes one for a failure."""
 
 
 @contextmanager
@@ -64,6 +64,13 @@ def mixed(old: Any, new: Any, gate: float | torch.Tensor) -> Any:
     if isinstance(new, tuple):
         return tuple(mixed(a, b, gate) for a, b in zip(old, new, strict=True))
     return new if new is None or old is None else old + gate * (new - old)
+
+
+def _combined(a: Any, b: Any, operation: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Any:
+    """An operation on tensors, or on tuples of them."""
+    if isinstance(a, tuple):
+        return tuple(_combined(each, other, operation) for each, other in zip(a, b, strict=True))
+    return None if a is None else operation(a, b)
 
 
 class DiffusersBlocks(Blocks):
@@ -134,6 +141,23 @@ class DiffusersBlocks(Blocks):
             )
 
         return self.around({name: gating(self._module(self._block(name)), gate) for name, gate in gates.items()})
+
+    def keep_additions(self, names: Iterable[str], into: MutableMapping[str, Any]) -> Edit:
+        def keeping(name: str, module: torch.nn.Module) -> Around:
+            def function(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+                out = forward(*args, **kwargs)
+                into[name] = _combined(out, self._skipped(module, args, kwargs), torch.sub)
+                return out
+
+            return function
+
+        return self.around({name: keeping(name, self._module(self._block(name))) for name in names})
+
+    def add(self, additions: Mapping[str, Any]) -> Edit:
+        def adding(module: torch.nn.Module, addition: Any) -> Around:
+            return lambda forward, args, kwargs: _combined(self._skipped(module, args, kwargs), addition, torch.add)
+
+        return self.around({name: adding(self._module(self._block(name)), old) for name, old in additions.items()})
 
     def swap(self, modules: Mapping[str, torch.nn.Module]) -> Edit:
         for name in modules:
@@ -312,3 +336,17 @@ def blocks_of(network: torch.nn.Module) -> Blocks:
     if name not in _KINDS:
         raise unknown("network class", name, _KINDS)
     return _KINDS[name](network)
+
+
+def has_blocks(name: str) -> bool:
+    """Whether the inside of this class of diffusers is known."""
+    return name in _KINDS
+
+
+def depth_of(config: Mapping[str, Any]) -> int:
+    """Number of blocks of a network by its configuration; nothing is allocated."""
+    import diffusers
+
+    kind = getattr(diffusers, str(config["_class_name"]))
+    with torch.device("meta"):
+        return len(blocks_of(kind.from_config(dict(config))).names)
