@@ -210,7 +210,7 @@ class Training:
                 recent.clear()
                 self.seconds = before + time.perf_counter() - started
             if self.step % save_every == 0:
-                print(f"step {self.step}/{end}  loss {self.curve[-1]:.5f}  {self.seconds:.0f} s", flush=True)
+                print(f"step {self.step}/{end}  loss {self.losses[-1]:.5f}  {self.seconds:.0f} s", flush=True)
             if saving:
                 self._save()
         with torch.no_grad():
