@@ -296,12 +296,22 @@ def save_part(model: Any, folder: Path) -> None:
     """A diffusers or transformers model as float16 safetensors with its configuration."""
     model.half().save_pretrained(folder, safe_serialization=True)
     model.float()
+    _forget_paths(folder)
 
 
 def save_pipeline(pipeline: Any, folder: Path) -> None:
     """A diffusers pipeline with float16 weights."""
     pipeline.to(torch.float16).save_pretrained(folder, safe_serialization=True)
     pipeline.to(torch.float32)
+    _forget_paths(folder)
+
+
+def _forget_paths(folder: Path) -> None:
+    """Drop from configurations where a part was loaded from: a folder of this machine."""
+    for file in folder.rglob("config.json"):
+        facts = json.loads(file.read_text("utf-8"))
+        if facts.pop("_name_or_path", None) is not None:
+            file.write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
 def parameters(modules: Iterable[nn.Module]) -> int:
