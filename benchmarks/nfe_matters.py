@@ -3,10 +3,9 @@
 By the error to the fine solution from the same noise, which is the value, and by the distance to the data, without its
 bias: paired samples, as in verdicts. A rectified flow is made to need few steps: there the distance hardly falls.
 
-Reads run folders with their chunks:
+Runs the cells first, unless run folders with their chunks are given:
 
-    evalbench run SUITE --methods ddim --nfe 5,50 --out results/runs/SUITE        (for each suite)
-    python benchmarks/nfe_matters.py results/runs/fashion-dit results/runs/fashion-sd ...
+    python benchmarks/nfe_matters.py [RUN...]
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ import json
 import sys
 from pathlib import Path
 
+import evalbench
 from evalbench.compare.pairs import Pairs
 from evalbench.spec import Record
 from evalbench.store import Store
@@ -23,6 +23,7 @@ GOAL = 5.0
 METRIC = "fd@fashion64"  # the suites' primary
 PAIRED = "paired-rms@pixels"  # error to the fine solution from the same noise: of the solver alone
 LEAST, MOST = 5, 50
+SUITES = ("fashion-dit", "fashion-sd", "fashion-flow", "fashion-flow-2rf")
 
 
 def ddim(store: Store, nfe: int) -> Record:
@@ -34,14 +35,19 @@ def ddim(store: Store, nfe: int) -> Record:
     for record in store.records():
         if (record.kind, record.status, record.cell.method, record.cell.nfe) == ("quality", "ok", "ddim", nfe):
             return record
-    raise SystemExit(f"{store.folder} holds no ddim at NFE {nfe}; run the first line of --help")
+    raise SystemExit(f"{store.folder} holds no ddim at NFE {nfe}; give a folder that does")
+
+
+def measured(suite: str) -> Path:
+    """A run folder with both cells of a suite; what is there is not computed again."""
+    folder = Path("results/runs/nfe-matters") / suite
+    evalbench.run(suite, folder, methods=["ddim"], nfe=[LEAST, MOST])
+    return folder
 
 
 def main() -> None:
     """Print the differences per suite, and the smallest."""
-    folders = [Path(text) for text in sys.argv[1:]]
-    if not folders:
-        raise SystemExit(__doc__)
+    folders = [Path(text) for text in sys.argv[1:]] or [measured(suite) for suite in SUITES]
     least: dict[str, float] = {}
     for folder in folders:
         store = Store(folder)

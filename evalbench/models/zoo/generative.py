@@ -178,7 +178,8 @@ class Training:
             self.weights, lr=self.rate, betas=(0.9, 0.99), weight_decay=0.0, capturable=self.on_gpu
         )
         self.advance: Loss = Graphed(self._advance) if self.on_gpu else self._advance
-        self.machine = torch.cuda.get_device_name() if self.on_gpu else platform.machine()
+        cores = f"{torch.get_num_threads()} of {os.cpu_count()} cores, {platform.machine()}"
+        self.machine = torch.cuda.get_device_name() if self.on_gpu else cores
         self.step, self.seconds = 0, 0.0
         self.losses: list[float] = []
         folder.mkdir(parents=True, exist_ok=True)
