@@ -1,4 +1,4 @@
-"""Networks of the diffusers library as models: a folder in the layout that diffusers' `save_pretrained` writes, or an id.
+"""Networks of the diffusers library as models, by id or by a folder that its `save_pretrained` wrote.
 
 Path, prediction type, time convention, scale of the latents and size of a sample are read from the folder's own
 configuration. Which network stands in the folder decides how it is called:
@@ -406,6 +406,7 @@ class DiffusersPipeline(Model):
         self._path, self._native, self._steps = schedule(self._folder)
         self.shape = self.network.shape
         self.num_classes = self.network.classes
+        self.reads_texts = isinstance(self.network, TextNetwork)
         self.provides = frozenset({"labels", "gradient"} if self.network.has_null else {"gradient"})
         self._vae_part = next((part for part in ("vae", "vqvae") if self._folder.has(part)), "")
         self._vae_config = self._folder.config(self._vae_part) if self._vae_part else None
@@ -437,6 +438,16 @@ class DiffusersPipeline(Model):
                 f"weights in {self._folder.path} have SHA-256 {digest[:16]}..., the suite says {self.sha256[:16]}...; "
                 "restore the files or correct the suite"
             )
+
+    def cuts(self, text: str) -> bool:
+        return self.network.cut(text)
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        if self._vae_config is None:
+            return self.shape
+        factor = 2 ** (len(self._vae_config["block_out_channels"]) - 1)
+        return int(self._vae_config["out_channels"]), *(factor * side for side in self.shape[1:])
 
     def to(self, dtype: torch.dtype, device: torch.device) -> None:
         self.check()
