@@ -33,6 +33,7 @@ def fetch_suite(name: str, source: Path | None = None) -> Iterator[str]:
         UserError: something cannot be had; the line says where it belongs.
     """
     suite = load_suite(name)
+    (cache() / "references").mkdir(parents=True, exist_ok=True)  # where `evalbench reference make` will write
     yield f"{name}: data of {suite.source or 'the package'}; licence: {suite.licence or 'see NOTICE'}"
     lacking = []
     for step in (_prompts, _images, _model):

@@ -53,10 +53,12 @@ ARROWS: dict[str, set[str]] = {
     "observer": {"errors"},
     "store": {"spec", "durable"},
     "reduce": {"metrics", "store", "stats"},
-    "suite_references": {"spec"},
+    "suite_references": {"spec", "weights"},
+    "prompts": {"spec", "weights"},
+    "conventions": {"sampling"},
     "compare": {"stats", "store", "metrics", "suite_references", "report"},  # the paired statistics; the rendering
     "report": {"store", "stats", "cost.speedup"},
-    "sampling": {"models", "engine", "cost", "environment", "metrics"},
+    "sampling": {"models", "engine", "cost", "environment", "metrics", "prompts"},
     "preparation": {"sampling", "metrics"},
     "worker": {"preparation", "suite_references"},
     "timing": {"sampling", "metrics"},
@@ -64,7 +66,7 @@ ARROWS: dict[str, set[str]] = {
     "execution": {"failures", "timing"},
     "cluster": {"execution"},
     "shards": {"failures", "leases"},
-    "plan": {"worker", "timing", "reduce"},
+    "plan": {"worker", "timing", "reduce", "conventions"},
     "artifacts": {"worker", "store"},
     "claim_words": {"stats", "interfaces"},
     "claims": {"claim_words", "runner", "report"},  # report: the rendering

@@ -73,7 +73,7 @@ def spoiled(folder: Path, old: str, new: str) -> str:
     ("old", "new", "says"),
     [
         ("time=lambda t: 1 - t,", "", "time that runs the other way"),
-        ("time=lambda t: 1 - t,", "time=lambda t: 1000 * (1 - t),", "times 1000 times smaller"),
+        ("time=lambda t: 1 - t,", "time=lambda t: 1 - t / 1000,", "times 1000 as large"),
         ('predicts="velocity"', 'predicts="eps"', "a prediction of velocity"),
         ("-net(labels", "net(labels", "a velocity that points at the data"),
         ("shape=(1, 32, 32)", "shape=(3, 32, 32)", "images of 1x32x32"),
