@@ -371,7 +371,7 @@ def weights(
 @app.command()
 def export(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder made with --save-samples.")],
-    layout: Annotated[str, typer.Option("--layout", help="folder or adm-npz.")] = "folder",
+    layout: Annotated[str, typer.Option("--layout", help="folder, adm-npz, geneval or dpg.")] = "folder",
     to: Annotated[Path | None, typer.Option("--to", help="Where; default RUN/export.")] = None,
 ) -> None:
     """Samples of every cell for other tools, with a manifest."""

@@ -7,8 +7,9 @@ that the arguments of `load` name.
 from __future__ import annotations
 
 import inspect
+import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -106,7 +107,7 @@ class ModuleModel(Model):
 
     def __post_init__(self) -> None:
         self.adapter = _adapter(
-            self.source, self.function, tuple(sorted(self.arguments.items())), self.trust_remote_code
+            self.source, self.function, json.dumps(self.arguments, sort_keys=True), self.trust_remote_code
         )
         self.shape, self.num_classes = tuple(self.adapter.shape), self.adapter.classes
         guidable = self.adapter.null is not None
@@ -164,14 +165,14 @@ class ModuleModel(Model):
 
 
 @lru_cache(maxsize=2)
-def _adapter(source: str, function: str, arguments: tuple[tuple[str, Any], ...], trust: bool) -> Adapter:
+def _adapter(source: str, function: str, arguments: str, trust: bool) -> Adapter:
     """What the user's function returns, once per process."""
     global _trusting
     module = plugin_module(source)
     load = getattr(module, function, None)
     if not callable(load):
         raise UserError(f"the file of --model has no function '{function}'; write --model FILE.py:FUNCTION")
-    given: Mapping[str, Any] = dict(arguments)
+    given: dict[str, Any] = json.loads(arguments)
     known = inspect.signature(load).parameters
     for name in given:
         if name not in known:
