@@ -24,7 +24,7 @@ def export_run(run_folder: Path, layout: str, to: Path) -> Iterator[Path]:
 
     Args:
         run_folder: a run made with --save-samples. layout: `folder` (PNG files and manifest.json per cell) or
-            `adm-npz` (`arr_0` uint8 (N, H, W, C), as the ADM evaluator reads it, and a manifest); of suites with prompts
+            `adm-npz` (`arr_0` uint8 (N, H, W, C), as the ADM evaluator reads it, and a manifest); with prompts
             `geneval` (NNNNN/metadata.jsonl and NNNNN/samples/IIII.png, as GenEval's evaluator reads them) or `dpg` (one
             ID.png per prompt, four images in two rows, as DPG-Bench's reads them).
         to: target folder.
