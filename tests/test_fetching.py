@@ -61,7 +61,7 @@ def test_a_fetch_keeps_what_it_got_and_names_what_is_lacking(archive):
 
 def test_a_missing_split_is_one_line(archive):
     (archive / "test_batch.png").unlink()
-    with pytest.raises(UserError, match="lacks the split cifar10-test: no test_batch.png"):
+    with pytest.raises(UserError, match="lacks the split cifar10-test"):
         list(fetch_suite("cifar10", archive))
 
 
@@ -69,5 +69,5 @@ def test_licence_and_source_come_first(archive, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     fetched = fetch_suite("geneval")
     assert "djghosh13/geneval" in next(fetched)
-    with pytest.raises(UserError, match="geneval_evaluation_metadata.jsonl .*stable-diffusion-xl-base-1.0"):
+    with pytest.raises(UserError, match=r"geneval_evaluation_metadata\.jsonl .*stable-diffusion-xl-base"):
         list(fetched)
