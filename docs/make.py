@@ -2,6 +2,7 @@
 
     python docs/make.py lists                 docs/methods.md and docs/suites.md from the registry
     python docs/make.py claims                docs/claims.md and the README's table from results/claims.json
+    python docs/make.py baselines             the README's table of the embedded networks from results/baselines/
     python docs/make.py pictures RUN          docs/images/ from a run folder (`make quickstart` leaves one)
     python docs/make.py gallery RUN           docs/images/gallery/ from a timed run of images at three scales
     python docs/make.py pandas                docs/pandas.md: its blocks are run, what they print stands below them
@@ -21,12 +22,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from evalbench import catalogue, registry
 from evalbench.report import claims as claim_tables
 from evalbench.spec import load_suite, suite_names
 
 DOCS = Path(__file__).parent
 PICTURES = {"quality-nfe.png": "quickstart-nfe.png", "samples.png": "quickstart-samples.png"}
+BASELINES = ("<!-- baselines:begin -->", "<!-- baselines:end -->")
 HEAD = "<!-- made by `python docs/make.py lists`; edit the docstrings instead -->\n"
 
 
@@ -66,6 +70,39 @@ def write_claims() -> None:
     readme.write_text(claim_tables.insert(readme.read_text("utf-8"), rows), encoding="utf-8")
 
 
+def baselines_table() -> str:
+    """Distance to the images and, in brackets, to the network's own converged samples: method by budget, per suite."""
+    frames = {
+        f.parent.name: pd.read_csv(f) for f in sorted((DOCS.parent / "results" / "baselines").glob("*/table.csv"))
+    }
+    budgets = sorted({int(nfe) for frame in frames.values() for nfe in frame["nfe"]})
+    lines = [
+        "| suite | method | " + " | ".join(f"{nfe} NFE" for nfe in budgets) + " |",
+        "|---|---|" + "--:|" * len(budgets),
+    ]
+    for suite, frame in frames.items():
+        for method, rows in frame.groupby("method", sort=False):
+            cells = {int(row["nfe"]): _distances(row) for _, row in rows.iterrows()}
+            shown = " | ".join(cells.get(nfe, "") for nfe in budgets)
+            lines.append(f"| `{suite}` | `{method}` | {shown} |")
+    return "\n".join(lines)
+
+
+def _distances(row: pd.Series[Any]) -> str:
+    converged = row.get("fd_to_converged@fashion64")
+    more = "" if converged is None or pd.isna(converged) else f" ({converged:.1f})"
+    return f"{row['fd@fashion64']:.1f}{more}"
+
+
+def write_baselines() -> None:
+    """The README's table of the embedded networks."""
+    readme = DOCS.parent / "README.md"
+    before, _, rest = readme.read_text("utf-8").partition(BASELINES[0])
+    _, _, after = rest.partition(BASELINES[1])
+    content = f"{before}{BASELINES[0]}\n{baselines_table()}\n{BASELINES[1]}{after}"
+    readme.write_text(content, encoding="utf-8")
+
+
 def run_page(text: str) -> str:
     """A page whose ```python blocks were run one after the other, each with what it printed in the ```text below."""
     scope: dict[str, Any] = {}
@@ -99,12 +136,15 @@ def draw_gallery(run: Path) -> None:
 def main() -> None:
     """Write what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["lists", "claims", "pictures", "gallery", "pandas"])
+    parser.add_argument("what", choices=["lists", "claims", "baselines", "pictures", "gallery", "pandas"])
     parser.add_argument("run", nargs="?", type=Path, help="run folder, for pictures and gallery")
     parser.add_argument("--to", type=Path, default=DOCS, help="where the lists and the page go")
     args = parser.parse_args()
     if args.what == "claims":
         write_claims()
+        return
+    if args.what == "baselines":
+        write_baselines()
         return
     if args.what == "pandas":
         page = run_page((DOCS / "pandas.md").read_text("utf-8"))

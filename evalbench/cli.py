@@ -62,6 +62,7 @@ Batch = Annotated[int | None, typer.Option("--batch", help="Samples per network 
 Dtype = Annotated[str | None, typer.Option("--dtype", help="float32 or float64.")]
 Out = Annotated[Path | None, typer.Option("--out", help="Run folder; default results/runs/SUITE.")]
 Plugin = Annotated[list[str] | None, typer.Option("--plugin", help="Python file with @register; may be repeated.")]
+Modules = Annotated[list[str] | None, typer.Option("--module", help="Features NAME=FILE.py:OBJECT; may be repeated.")]
 Workers = Annotated[int | None, typer.Option("--workers", help="Ray workers; default one per GPU or CPU core.")]
 Address = Annotated[str | None, typer.Option("--address", help="A running Ray cluster to join.")]
 Serial = Annotated[bool, typer.Option("--serial", help="No Ray: everything in this process.")]
@@ -71,7 +72,9 @@ LeaseTime = Annotated[float, typer.Option("--lease", help="Seconds until a vanis
 Timeout = Annotated[float, typer.Option("--timeout", help="Seconds per chunk after which a worker counts as hanging.")]
 Save = Annotated[bool, typer.Option("--save-samples", help="Keep every image, for `evalbench export`.")]
 SmallN = Annotated[bool, typer.Option("--allow-small-n", help="Compute set distances below their least N.")]
-ShowPlan = Annotated[bool, typer.Option("--plan", help="Print cells, chunks and forwards; run nothing.")]
+ShowPlan = Annotated[
+    bool, typer.Option("--plan", help="Print cells, chunks, hours and disk, by a short probe; run nothing.")
+]
 ModelText = Annotated[
     str, typer.Option("--model", help="Instead of the suite's: my_model.py:load, a diffusers folder, or an id.")
 ]
@@ -118,9 +121,13 @@ def run(
     model: ModelText = "",
     trust_remote_code: Trust = False,
     plan: ShowPlan = False,
+    until: Annotated[str, typer.Option("--until", help="decided: stop each cell when its verdict stands.")] = "",
+    against: Annotated[Path | None, typer.Option("--against", help="Run folder that --until decides against.")] = None,
 ) -> None:
     """Run methods on a suite; the same command again continues, and adds cells to an existing run."""
     placement = Placement(serial, workers, address, device, shard, lease, timeout)
+    measured = _words(measure, "--measure")
+    sequential = _is_sequential(until, against, samples, measured) if until or against else False
     request = make_request(
         suite,
         methods=_methods(methods, method),
@@ -129,7 +136,7 @@ def run(
         guidance=_numbers(guidance, "--guidance", float),
         seeds=_numbers(seeds, "--seeds", int),
         metrics=None if metrics is None else _words(metrics, "--metrics"),
-        measure=_words(measure, "--measure"),
+        measure=measured,
         processes=processes,
         latency_rounds=latency_rounds,
         latency_batch=_numbers(latency_batch, "--latency-batch", int) or (),
@@ -143,10 +150,13 @@ def run(
         model=model,
         trust_remote_code=trust_remote_code,
     )
-    if plan:
-        _print_plan(request)
-        return
     folder = out or Path("results/runs") / request.suite.name
+    if plan:
+        _print_plan(request, folder, placement)
+        return
+    if sequential and against is not None:
+        apart = out or folder.with_name(f"{request.suite.name}-until")
+        raise typer.Exit(_run_until(request, apart, against, placement))
     _finish(_run(request, folder, placement), folder)
 
 
@@ -245,6 +255,7 @@ def compare(
     json_: Annotated[Path | None, typer.Option("--json", help="Write JSON.")] = None,
     format_: Annotated[str, typer.Option("--format", help="What is printed: console, md or json.")] = "console",
     strict: Annotated[bool, typer.Option("--strict", help="Undecided cells fail too.")] = False,
+    control: Annotated[str, typer.Option("--control", help="Of errors over cells: holm, or bh for reports.")] = "holm",
     fast: Annotated[bool, typer.Option("--fast", help="Only: are the first 64 samples the same?")] = False,
     base_method: Annotated[str | None, typer.Option("--base-method", help="Compare this method of BASE ...")] = None,
     new_method: Annotated[str | None, typer.Option("--new-method", help="... with this one of NEW.")] = None,
@@ -263,8 +274,29 @@ def compare(
         fast=fast,
         base_method=base_method,
         new_method=new_method,
+        control=control,
     )
     raise typer.Exit(code)
+
+
+@app.command()
+def bisect(
+    good: Annotated[str, typer.Argument(help="Commit whose samples are right.")],
+    bad: Annotated[str, typer.Argument(help="Later commit whose samples are not.")],
+    suite: Annotated[str, typer.Option("--suite", help="Suite that every commit runs.")] = "gmm-smooth",
+    methods: Methods = None,
+    nfe: Nfe = None,
+    samples: Annotated[int, typer.Option("--samples", help="Samples per cell.")] = 64,
+    plugin: Annotated[
+        list[str] | None, typer.Option("--plugin", help="Python file of the commit, with @register.")
+    ] = None,
+) -> None:
+    """The first commit whose samples differ, found by the fast gate in a git worktree of its own."""
+    from evalbench.bisect import Cells, bisect_command
+
+    budgets = tuple(_numbers(nfe, "--nfe", int) or ())
+    cells = Cells(suite, tuple(_methods(methods, None)), budgets, samples, tuple(plugin or ()))
+    raise typer.Exit(bisect_command(good, bad, cells))
 
 
 @app.command()
@@ -289,12 +321,17 @@ def score(
     sizes: Annotated[str | None, typer.Option("--sizes", help="Also at these N: 1000,2000; with the 1/N line.")] = None,
     captions: Annotated[str | None, typer.Option("--captions", help="JSON object or TSV: image id, caption.")] = None,
     baseline: Annotated[str | None, typer.Option("--baseline", help="Images of the same names to pair with.")] = None,
+    plan: Annotated[str | None, typer.Option("--plan", help="balanced:10, or a file of ids and classes.")] = None,
+    module: Modules = None,
+    plugin: Plugin = None,
     json_: Annotated[bool, typer.Option("--json", help="One JSON object, with the protocol.")] = False,
     allow_small_n: SmallN = False,
 ) -> None:
     """Quality metrics of images that exist already."""
     from evalbench.score import score_command
 
+    _load_plugins(plugin)
+    _load_modules(module)
     wanted = _words(metrics, "--metrics")
     score_command(
         source,
@@ -306,6 +343,7 @@ def score(
         baseline=baseline,
         allow_small_n=allow_small_n,
         sizes=sizes,
+        plan=plan,
     )
 
 
@@ -316,10 +354,14 @@ def make(
     out: Annotated[Path, typer.Option("--out", help="File to write, .safetensors.")],
     keep: Annotated[int, typer.Option("--keep", help="Features to keep, for kid, precision and recall.")] = 10_240,
     labels: Annotated[str | None, typer.Option("--labels", help="Text file, one class number per image.")] = None,
+    module: Modules = None,
+    plugin: Plugin = None,
 ) -> None:
     """Write mean, covariance and features of images, with their facts."""
     from evalbench.reference_files import make_command
 
+    _load_plugins(plugin)
+    _load_modules(module)
     make_command(source, features, out, keep, labels)
 
 
@@ -381,17 +423,45 @@ def export(
         print(path)
 
 
+@app.command()
+def pack(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
+    out: Annotated[Path | None, typer.Option("--out", help="File; default RUN.evalbench.zip beside it.")] = None,
+) -> None:
+    """A run as one file: records, table, sums and scores, first images, digests; `evalbench verify FILE` checks it."""
+    from evalbench.bundle import pack_command
+
+    pack_command(run_folder, out)
+
+
 @app.command("verify")
 def verify_run(
-    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, or a file of `evalbench pack`.")],
     repair: Annotated[
         bool, typer.Option("--repair", help="Remove what is damaged, so that `evalbench run` computes it again.")
     ] = False,
 ) -> None:
-    """Check every record, chunk, preparation and the table of a run; exit 4 when something is damaged."""
+    """Check records, chunks, preparations and the table of a run, or a packed run; exit 4 when something is wrong."""
+    if run_folder.is_file():
+        if repair:
+            raise UserError(f"--repair is for run folders; '{run_folder}' is a file, pack the run again")
+        from evalbench import bundle
+
+        raise typer.Exit(bundle.verify_command(run_folder))
     from evalbench.upkeep import verify_command
 
     raise typer.Exit(verify_command(run_folder, repair=repair))
+
+
+@app.command()
+def status(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, of a run that may be running.")],
+    json_: Annotated[bool, typer.Option("--json", help="One JSON object, for tools.")] = False,
+) -> None:
+    """How far a run is: cells, speed, time left, what each worker does, errors so far."""
+    from evalbench.status import status_command
+
+    status_command(run_folder, json_=json_)
 
 
 @app.command()
@@ -513,6 +583,23 @@ def _run(request: Request, folder: Path, placement: Placement) -> list[Record]:
     )
 
 
+def _is_sequential(until: str, against: Path | None, samples: int | None, measure: list[str]) -> bool:
+    from evalbench.sequential import check_options
+
+    return check_options(until, against, samples, measure)
+
+
+def _run_until(request: Request, folder: Path, against: Path, placement: Placement) -> int:
+    """Print where each cell stopped; the exit code."""
+    from evalbench.sequential import exit_code, until_decided
+
+    stopped = _compute(lambda make, bar: list(until_decided(request, folder, against, make, bar)), placement)
+    for one in stopped:
+        print(one.text)
+    print("verdicts only: cells that stopped early have unequal N and are no table values")
+    return exit_code(stopped)
+
+
 def _compute(work: Callable[[Callable[[], Executor], ProgressBar], Computed], placement: Placement) -> Computed:
     """Do work that needs an executor, with a progress bar; let go of the executor."""
     from evalbench.progress import ProgressBar
@@ -561,15 +648,13 @@ def _write_report(folder: Path, formats: tuple[str, ...], quiet: bool = False) -
     return paths, parse_suite(store.manifest()["suite"], "", where=f"manifest of {folder}"), store
 
 
-def _print_plan(request: Request) -> None:
+def _print_plan(request: Request, folder: Path, placement: Placement) -> None:
+    from evalbench import forecast
     from evalbench.runner import make_plan
 
     plan = make_plan(request)
-    samples = request.suite.sampling.samples
-    forwards = sum(cell.nfe for cell in plan.work) * samples
-    chunks = sum(len(plan.chunks(cell)) for cell in plan.work)
-    print(f"cells: {len(plan.cells)}  (with fine solutions: {len(plan.work)})")
-    print(f"chunks: {chunks}  samples per cell: {samples}  evaluations: at most {forwards:,}")
+    found = forecast.forecast(plan, folder, forecast.probe(plan) if "quality" in request.measure else None)
+    print("\n".join(forecast.lines(found, 1 if placement.serial else placement.workers or forecast.workers_here())))
 
 
 def _load_plugins(paths: list[str] | None) -> None:
@@ -578,6 +663,13 @@ def _load_plugins(paths: list[str] | None) -> None:
     for path in paths or []:
         name, source = read_plugin(path)
         load_plugin(source, name)
+
+
+def _load_modules(words: list[str] | None) -> None:
+    if words:
+        from evalbench.metrics.modules import load_modules
+
+        load_modules(words)
 
 
 def _print_catalogue(rows: list[dict[str, Any]]) -> None:

@@ -6,6 +6,7 @@ What a call costs is measured, in units of one unguided full forward of the base
 
     door(x, t, cond)                               1; at another resolution, or of another role: the ratio of FLOPs
     door.partial(forward, x, t, cond, key="deep")  a call that runs a part: its FLOPs over the full forward's
+    door.edited(edit, x, t, cond, key="skip")      the same, of the network's own forward while an edit is in force
     door.partial(..., fraction=f)                  the share that only the caller knows, a float or one per row
     field.gradient(out, x)                         a backward pass: its FLOPs over the full forward's
     field.jvp(x, t, cond, want, dx, dt)            1, and what the tangent takes beside it
@@ -28,7 +29,20 @@ from evalbench.cost.breakdown import Stopwatch, span
 from evalbench.cost.flops import FlopCount, count, count_forward
 from evalbench.cost.ledger import Amount, Ledger
 from evalbench.errors import Unsupported
-from evalbench.interfaces import Cond, Denoiser, DenoiserWrap, Model, Operator, Step, Time, Want
+from evalbench.interfaces import (
+    Blocks,
+    Cond,
+    Denoiser,
+    DenoiserWrap,
+    Edit,
+    Model,
+    Operator,
+    Share,
+    Split,
+    Step,
+    Time,
+    Want,
+)
 from evalbench.paths import Path
 from evalbench.predictions import convert, dual, on_path, tangent_of
 
@@ -132,7 +146,7 @@ class NetworkDoor(Denoiser):
         want: Want = "x0",
         *,
         key: Hashable = "",
-        fraction: Amount | None = None,
+        fraction: Share | None = None,
         rows: np.ndarray | None = None,
     ) -> torch.Tensor:
         """A call that runs a part of the network, or the network changed: a cache, an early exit, a pruned block.
@@ -142,26 +156,78 @@ class NetworkDoor(Denoiser):
                 are counted, so it must not change what it reads.
             key: names the way it runs; its FLOPs are counted once per key and call signature.
             fraction: what each row computed, as a share of this network's full forward at x: a float, or (B,) where
-                rows stop at different depths. None: the share is the FLOPs of `forward` over the full forward's.
+                rows stop at different depths, or a function that says it after the call. None: the share is the
+                FLOPs of `forward` over the full forward's.
             x, t, cond, want, rows: as in a full call.
         """
         full = self._count("full", self._forward(x, t, cond), x, t, cond)
         unit = self._unit(x, t, cond)
-        flops: Amount = self._count(("partial", key), forward, x, t, cond) if fraction is None else fraction * full
+        counted = self._count(("partial", key), forward, x, t, cond) if fraction is None else math.nan
         with span(self.stopwatch, "denoiser"):
             out = forward()
+        if callable(fraction):
+            fraction = fraction()
+        flops: Amount = counted if fraction is None else fraction * full
         # where the full forward is the unit, a declared share needs no FLOPs to be exact
         is_unit = self.base is None and tuple(x.shape[1:]) == self.shape
         cost = fraction if fraction is not None and is_unit else flops / unit
         self.ledger.add_network(self.role_name, rows, len(x), cost=cost, flops=flops)
         return convert(out, x, self.path, t, self.model.native, want)
 
-    def _forward(self, x: torch.Tensor, t: Time, cond: Cond) -> Callable[[], torch.Tensor]:
+    def edited(
+        self,
+        edit: Edit,
+        x: torch.Tensor,
+        t: Time,
+        cond: Cond,
+        want: Want = "x0",
+        *,
+        key: Hashable,
+        fraction: Share | None = None,
+        step: Step | None = None,
+        rows: np.ndarray | None = None,
+    ) -> torch.Tensor:
+        forward = self._edited(edit, x, t, cond)
+        return self.partial(forward, x, t, cond, want, key=key, fraction=fraction, rows=rows)
+
+    def share(self, edit: Edit, x: torch.Tensor, t: Time, cond: Cond, *, key: Hashable) -> float:
+        part = self._count(("partial", key), self._edited(edit, x, t, cond), x, t, cond)
+        return part / self._count("full", self._forward(x, t, cond), x, t, cond)
+
+    def _edited(self, edit: Edit, x: torch.Tensor, t: Time, cond: Cond) -> Callable[[], torch.Tensor]:
+        # what was compiled or recorded as a whole would not see the edit
+        predict = getattr(self.model, "predict_eager", self.model.predict)
+        plain = self._forward(x, t, cond, predict)
+
+        def forward() -> torch.Tensor:
+            with edit():
+                return plain()
+
+        return forward
+
+    @property
+    def native(self) -> Want:
+        return self.model.native
+
+    @property
+    def network(self) -> torch.nn.Module:
+        return self.blocks.network
+
+    @property
+    def blocks(self) -> Blocks:
+        return self.model.blocks
+
+    def split(self, at: int | None = None) -> Split:
+        return self.blocks.split(at)
+
+    def _forward(
+        self, x: torch.Tensor, t: Time, cond: Cond, predict: Callable[..., torch.Tensor] | None = None
+    ) -> Callable[[], torch.Tensor]:
         alpha = on_path(self.path.alpha, self.path.d_alpha, t, x)
         sigma = on_path(self.path.sigma, self.path.d_sigma, t, x)
         with span(self.stopwatch, "conditioning"):
             given = self.model.given(cond)
-        return lambda: self.model.predict(x, t, alpha, sigma, given)
+        return lambda: (predict or self.model.predict)(x, t, alpha, sigma, given)
 
     def _unit(self, x: torch.Tensor, t: Time, cond: Cond) -> float:
         """FLOPs of a row of one full forward of the base model, at x's batch; NaN when they cannot be counted."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, NewType, TypeAlias
@@ -141,6 +141,29 @@ def execute(plan: Plan, denoiser: Denoiser, x_T: torch.Tensor, cond: Cond, noise
         for evaluation in drop_evals.get(i, ()):
             del evals[evaluation]
     return states[plan.result]
+
+
+def nudged(plan: Plan, amount: Callable[[float], float]) -> Plan:
+    """The same plan, in which the state that a step starts from moves by amount(t) x_T once it was evaluated at t."""
+    new = Plan(plan.want)
+    states: dict[State, State] = {plan.x_T: new.x_T}
+    evals: dict[Eval, Eval] = {}
+    last = -1
+    for op in plan.ops:
+        if isinstance(op, _Evaluate):
+            state, inner = states[op.state], op.step == last
+            evals[op.out] = new.evaluate(state, op.t, op.t_next, want=op.want, inner=inner)
+            shift = 0.0 if inner else amount(op.t)
+            if shift:
+                moved = {state: 1.0 + shift} if state == new.x_T else {state: 1.0, new.x_T: shift}
+                states[op.state] = new.update(moved, {})
+            last = op.step
+        else:
+            terms: dict[State, float] = {}
+            for old, c in op.states:
+                terms[states[old]] = terms.get(states[old], 0.0) + c
+            states[op.out] = new.update(terms, {evals[old]: c for old, c in op.evals}, op.noise)
+    return new.finish(states[plan.result])
 
 
 def _combine(

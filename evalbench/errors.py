@@ -5,7 +5,7 @@ Each class carries the exit code of design table "Exit codes": 2 what the user g
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
 
@@ -35,6 +35,12 @@ class DamagedFile(EvalbenchError):
 
 class BadSamples(EvalbenchError):
     """A method returned NaN, a wrong shape or constant images. Becomes an error row."""
+
+
+def some(ids: Sequence[object], most: int = 8) -> str:
+    """The first of many ids for a message: `3, 17, 21`, or `0, 1, 2, ... (9 more)`."""
+    shown = ", ".join(str(each) for each in ids[:most])
+    return shown if len(ids) <= most else f"{shown}, ... ({len(ids) - most} more)"
 
 
 def unknown(kind: str, name: str, known: Iterable[str], *, where: str = "") -> UserError:

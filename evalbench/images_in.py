@@ -21,7 +21,7 @@ from typing import IO, TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from evalbench.errors import UserError
+from evalbench.errors import UserError, some
 from evalbench.interfaces import Cond, Model, SampleBatch, Time
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 LOSSY = (".jpg", ".jpeg", ".webp")
 LARGEST = 64 * 2**20  # bytes of one file in a zip, and of one decoded image: a zip bomb holds gigabytes in kilobytes
 LEAST = 2  # images; no score has an interval below
-ADM_KEY = "arr_0"
+ADM_KEY, ADM_LABELS = "arr_0", "arr_1"
 BATCH = 256  # images per block handed to extractors, which cut it into their own batches
 
 Images: TypeAlias = "str | Path | Iterable[Any]"
@@ -47,6 +47,7 @@ class Source:
         read: a fresh stream of (id, uint8 (H, W, C)).
         notes: what must be said beside every number from it.
         promised: the digest that a manifest of `evalbench export` gives; empty without one.
+        labels: the class of each image, where the source says (`arr_1` of an ADM npz); None otherwise.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Source:
     read: Callable[[], Iterator[Named]]
     notes: tuple[str, ...] = ()
     promised: str = ""
+    labels: tuple[int, ...] | None = None
 
 
 @dataclass
@@ -345,11 +347,15 @@ def _folder(path: Path) -> Source:
             yield name, _decode(file.read_bytes(), str(file))
 
     others = len(files) - len(names) - ("manifest.json" in files)
-    return Source(str(path), "folder", read, _notes(names, others), _promised(path / "manifest.json", len(names)))
+    return Source(str(path), "folder", read, _notes(names, others), _promised(path / "manifest.json", names))
 
 
-def _promised(manifest: Path, count: int) -> str:
-    """The digest in a manifest of `evalbench export`; empty when there is none."""
+def _promised(manifest: Path, names: Sequence[str]) -> str:
+    """The digest in a manifest of `evalbench export`; empty when there is none.
+
+    Raises:
+        UserError: it promises other images than the folder holds.
+    """
     if not manifest.is_file():
         return ""
     try:
@@ -358,8 +364,18 @@ def _promised(manifest: Path, count: int) -> str:
         return ""
     if not isinstance(facts, dict) or not {"samples", "sha256"} <= facts.keys():
         return ""
-    if facts["samples"] != count:
-        raise UserError(f"folder '{manifest.parent}' holds {count} images, its manifest.json says {facts['samples']}")
+    if facts["samples"] != len(names):
+        planned = {f"{i:06d}" for i in range(int(facts["samples"]))}  # as export names them
+        found = {stem(name) for name in names}
+        words = [
+            f"{what}: {some(sorted(ids))}"
+            for what, ids in (("missing", planned - found), ("more", found - planned))
+            if ids
+        ]
+        raise UserError(
+            f"folder '{manifest.parent}' holds {len(names)} images, its manifest.json says {facts['samples']} "
+            f"({'; '.join(words)})"
+        )
     return str(facts["sha256"])
 
 
@@ -420,7 +436,9 @@ def npz_keys(path: Path) -> list[str]:
 
 
 def _npz(path: Path) -> Source:
-    """`arr_0`, uint8 (N, H, W, C), as the ADM evaluator reads and writes it; streamed, compressed or not."""
+    """`arr_0`, uint8 (N, H, W, C), as the ADM evaluator reads and writes it, with the classes of `arr_1` where it has
+    them; streamed, compressed or not.
+    """
     if ADM_KEY not in npz_keys(path):
         raise UserError(f"'{path}' holds {', '.join(npz_keys(path)) or 'nothing'}; images stand under '{ADM_KEY}'")
     shape, _ = _npz_header(path)
@@ -433,7 +451,19 @@ def _npz(path: Path) -> Source:
                 content = _taken(stream, size, f"'{path}'")
                 yield f"{i:06d}", np.frombuffer(content, np.uint8).reshape(shape[1:])
 
-    return Source(str(path), "npz", read)
+    return Source(str(path), "npz", read, labels=_npz_labels(path, shape[0]))
+
+
+def _npz_labels(path: Path, count: int) -> tuple[int, ...] | None:
+    """The classes that the ADM sampler writes beside its images; None without."""
+    if ADM_LABELS not in npz_keys(path):
+        return None
+    with _archive(path) as archive, _member(archive, f"{ADM_LABELS}.npy", f"'{path}'") as stream:
+        shape, _, dtype = _npy_header(stream, f"'{path}'")
+        if dtype.kind not in "iu" or shape != (count,):
+            return None  # something else that somebody saved beside images
+        content = _taken(stream, count * dtype.itemsize, f"'{path}'")
+    return tuple(np.frombuffer(content, dtype).tolist())
 
 
 def _npz_header(path: Path) -> tuple[tuple[int, ...], int]:

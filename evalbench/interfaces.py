@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Self, TypeAlias, TypeVar
 
@@ -29,6 +30,13 @@ if TYPE_CHECKING:
 #   probs     probabilities of clean tokens, (B, L, V), for integer states
 Want: TypeAlias = Literal["x0", "eps", "v", "velocity", "score", "probs"]
 Time: TypeAlias = "float | torch.Tensor"  # one time for all rows, one per row (B,), or one per element (B, *S)
+
+Edit: TypeAlias = Callable[[], AbstractContextManager[None]]  # within the context the network is another one
+# what runs instead of a module's forward, which it is given with the call's arguments
+Around: TypeAlias = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+# a share of a full forward: of all rows, of each, or not known before the call
+Share: TypeAlias = "float | np.ndarray | Callable[[], float | np.ndarray]"
+Features: TypeAlias = dict[str, Any]  # outputs of modules by their names: tensors, or tuples of tensors
 
 
 class Registered:
@@ -200,6 +208,74 @@ class Denoiser(ABC):
         raise Unsupported(f"not supported: needs reward {name}")
 
     @property
+    def native(self) -> Want:
+        """What the network itself predicts: what an edited call's blocks make, whatever is asked for.
+
+        Raises:
+            Unsupported: there is no network.
+        """
+        raise Unsupported("not supported: needs network")
+
+    @property
+    def network(self) -> torch.nn.Module:
+        """The network itself (capability `network`); change it only within an edit.
+
+        Raises:
+            Unsupported: the model has none.
+        """
+        raise Unsupported("not supported: needs network")
+
+    @property
+    def blocks(self) -> Blocks:
+        """The network's inside (capability `blocks`).
+
+        Raises:
+            Unsupported: the model shows none.
+        """
+        raise Unsupported("not supported: needs blocks")
+
+    def split(self, at: int | None = None) -> Split:
+        """The network in two (capability `split`); `at` as in `Blocks.split`.
+
+        Raises:
+            Unsupported: the model cannot be split.
+        """
+        raise Unsupported("not supported: needs split")
+
+    def edited(
+        self,
+        edit: Edit,
+        x: torch.Tensor,
+        t: Time,
+        cond: Cond,
+        want: Want = "x0",
+        *,
+        key: Hashable,
+        fraction: Share | None = None,
+        step: Step | None = None,
+        rows: np.ndarray | None = None,
+    ) -> torch.Tensor:
+        """Evaluate the network while an edit is in force; only at the network, beneath guidance (see `NetworkWrap`).
+
+        Args:
+            edit: entered once or twice: the call may be repeated to count its FLOPs.
+            key: names the way it runs, settings included, among all edits of all methods; its FLOPs are counted once
+                per key and call signature.
+            fraction: what each row computed, as a share of a full forward: a float, (B,), or a function that says it
+                after the call. None: as counted.
+            x, t, cond, want, step, rows: as in a call.
+        """
+        raise Unsupported("not supported: needs network")
+
+    def share(self, edit: Edit, x: torch.Tensor, t: Time, cond: Cond, *, key: Hashable) -> float:
+        """What an edited call would compute, as a share of a full forward; counted, not charged. NaN while timed."""
+        raise Unsupported("not supported: needs network")
+
+    def within(self, wrap: Callable[[Denoiser], Denoiser]) -> Denoiser:
+        """This denoiser with a wrap at its network: inside guidance and all that stands around it."""
+        return wrap(self)
+
+    @property
     def operator(self) -> Operator:
         """The known degradation of an inverse problem.
 
@@ -250,9 +326,34 @@ class DenoiserWrap(Denoiser):
         return self.inner.gradient(out, x, grad_outputs=grad_outputs, rows=rows)
 
     def role(self, name: str) -> Denoiser:
+        return self._around(self.inner.role(name))
+
+    def _around(self, inner: Denoiser) -> Self:
+        """The same wrap around another denoiser."""
         clone = copy.copy(self)
-        clone.inner = self.inner.role(name)
+        clone.inner = inner
         return clone
+
+    def within(self, wrap: Callable[[Denoiser], Denoiser]) -> Denoiser:
+        return self._around(self.inner.within(wrap))
+
+    @property
+    def native(self) -> Want:
+        return self.inner.native
+
+    @property
+    def network(self) -> torch.nn.Module:
+        return self.inner.network
+
+    @property
+    def blocks(self) -> Blocks:
+        return self.inner.blocks
+
+    def split(self, at: int | None = None) -> Split:
+        return self.inner.split(at)
+
+    def share(self, edit: Edit, x: torch.Tensor, t: Time, cond: Cond, *, key: Hashable) -> float:
+        return self.inner.share(edit, x, t, cond, key=key)
 
     def auxiliary(
         self, role: str, call: Callable[[], torch.Tensor], n: int, *, rows: np.ndarray | None = None
@@ -269,6 +370,160 @@ class DenoiserWrap(Denoiser):
     @property
     def modalities(self) -> Mapping[str, slice]:
         return self.inner.modalities
+
+
+class NetworkWrap(DenoiserWrap):
+    """A wrap that changes what the network computes. It stands at the network, where guidance is two calls of it.
+
+        def wrap(self, denoiser): return denoiser.within(Cached)
+
+    Subclasses say with `edit` what a call is to change; those inside each other add up. One that answers without the
+    network, or in a batch of its own, overrides `edited`.
+    """
+
+    def edit(self, cond: Cond, step: Step | None, rows: np.ndarray | None) -> tuple[Edit, Hashable] | None:
+        """What a call changes, and the name of the way it then runs (see `Denoiser.edited`); None for nothing."""
+        return None
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        t: Time,
+        cond: Cond,
+        want: Want = "x0",
+        *,
+        step: Step | None = None,
+        rows: np.ndarray | None = None,
+    ) -> torch.Tensor:
+        found = self.edit(cond, step, rows)
+        if found is None:
+            return self.inner(x, t, cond, want, step=step, rows=rows)
+        return self.inner.edited(found[0], x, t, cond, want, key=found[1], step=step, rows=rows)
+
+    def edited(
+        self,
+        edit: Edit,
+        x: torch.Tensor,
+        t: Time,
+        cond: Cond,
+        want: Want = "x0",
+        *,
+        key: Hashable,
+        fraction: Share | None = None,
+        step: Step | None = None,
+        rows: np.ndarray | None = None,
+    ) -> torch.Tensor:
+        found = self.edit(cond, step, rows)
+        if found is not None:
+            edit, key = both(found[0], edit), (found[1], key)
+        return self.inner.edited(edit, x, t, cond, want, key=key, fraction=fraction, step=step, rows=rows)
+
+    def within(self, wrap: Callable[[Denoiser], Denoiser]) -> Denoiser:
+        return wrap(self)  # outside those that are there: they see its calls
+
+
+def both(*edits: Edit) -> Edit:
+    """Several edits at once, the first one outermost."""
+
+    @contextmanager
+    def edit() -> Iterator[None]:
+        with ExitStack() as stack:
+            for each in edits:
+                stack.enter_context(each())
+            yield
+
+    return edit
+
+
+class Blocks(ABC):
+    """The inside of a network: its residual bodies by name, and edits that hold for one call.
+
+    A name is a module's path in the network. Edits of one module add up, the later one outside. After an edit, weights
+    and outputs are what they were, to the bit.
+    """
+
+    @property
+    @abstractmethod
+    def network(self) -> torch.nn.Module:
+        """The network."""
+
+    @property
+    @abstractmethod
+    def names(self) -> tuple[str, ...]:
+        """The blocks, in the order they run."""
+
+    @abstractmethod
+    def parts(self, name: str) -> tuple[str, ...]:
+        """The sub-layers of a block whose outputs are added to its stream: attention, feed-forward; may be none."""
+
+    @abstractmethod
+    def around(self, functions: Mapping[str, Around]) -> Edit:
+        """Run something else instead of modules.
+
+        Raises:
+            UserError: there is no such module; all edits say so.
+        """
+
+    @abstractmethod
+    def read(self, names: Iterable[str], into: MutableMapping[str, Any]) -> Edit:
+        """Keep the outputs of modules."""
+
+    @abstractmethod
+    def replace(self, outputs: Mapping[str, Any]) -> Edit:
+        """Do not run modules; these are their outputs."""
+
+    @abstractmethod
+    def bypass(self, names: Iterable[str]) -> Edit:
+        """Do not run blocks: their bodies add nothing to what they were given."""
+
+    @abstractmethod
+    def gate(self, gates: Mapping[str, float | torch.Tensor]) -> Edit:
+        """Scale what the bodies of blocks add, by a number or by a tensor that broadcasts with their outputs."""
+
+    @abstractmethod
+    def keep_additions(self, names: Iterable[str], into: MutableMapping[str, Any]) -> Edit:
+        """Keep what the bodies of blocks add to what they are given."""
+
+    @abstractmethod
+    def add(self, additions: Mapping[str, Any]) -> Edit:
+        """Do not run the bodies of blocks: this is what they add."""
+
+    @abstractmethod
+    def swap(self, modules: Mapping[str, torch.nn.Module]) -> Edit:
+        """Put other modules in the place of modules."""
+
+    @abstractmethod
+    def split(self, at: int | None = None) -> Split:
+        """The network in two.
+
+        Args:
+            at: number of blocks before the cut, for a transformer; None takes 18 of 28 of them. A UNet is always cut
+                before its first up block.
+        """
+
+
+class Split(ABC):
+    """A network in two: an encoder, whose features do not change much over time, and a decoder."""
+
+    @abstractmethod
+    def keep(self, into: Features) -> Edit:
+        """Run all, and keep the encoder's features."""
+
+    @abstractmethod
+    def resume(self, features: Mapping[str, Any]) -> Edit:
+        """Run the decoder alone from features: the call's state is not read, its time and conditions are."""
+
+    @abstractmethod
+    def keep_decoder(self, into: Features) -> Edit:
+        """Run all, and keep the decoder's features."""
+
+    @abstractmethod
+    def reuse_decoder(self, features: Mapping[str, Any]) -> Edit:
+        """Run the encoder, and the head on the decoder's old features."""
+
+    @abstractmethod
+    def encode(self, call: Callable[[], object]) -> Features:
+        """The features of a call of the network, which ends after the encoder."""
 
 
 class Operator(ABC):
@@ -375,6 +630,16 @@ class Method(Registered):
         `sample`, `wrap` or `modify` is called.
         """
         raise NotImplementedError
+
+    def check(self, nfe: int, blocks: int) -> None:
+        """Whether its settings fit a cell, before anything runs.
+
+        Args:
+            nfe: the cell's budget. blocks: of the suite's network; 0 where the model shows none.
+
+        Raises:
+            UserError: a block or a step that does not exist, with those that do.
+        """
 
     def equipped(self, artifact: Artifact | None) -> Self:
         """This method with its artefact."""
@@ -560,6 +825,15 @@ class Model(Registered, ABC):
     def reward(self, name: str, x0: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
         """A reward of clean samples by name, (B,), higher is better."""
         raise Unsupported(f"not supported: needs reward {name}")
+
+    def depth(self) -> int:
+        """Number of blocks of the network, without its weights; 0 for models that show none."""
+        return 0
+
+    @property
+    def blocks(self) -> Blocks:
+        """The inside of the network, for models that provide `network`, `blocks` and `split`."""
+        raise Unsupported("not supported: needs blocks")
 
     @property
     def operator(self) -> Operator:

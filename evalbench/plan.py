@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -26,7 +26,7 @@ class Request:
         budget_unit: what `nfe` counts: evaluations of the field, network rows (`evals`), or steps of the grid.
         metrics: metric ids. measure: `quality`, `latency`.
         effort: how much a latency run measures. variant: text of how it executes networks; empty is as quality runs.
-        save_samples: keep every image. allow_small_n: see `reduce_metrics`.
+        save_samples: keep every image. allow_small_n: see `reduce_cell`.
         plugins: file name -> source.
     """
 
@@ -139,12 +139,25 @@ def make_plan(request: Request) -> Plan:
         for nfe in request.nfe
         for cell in [make_cell(request.suite, method, _nfe(request, method, nfe, guidance), guidance, seed)]
     }
+    _check_methods(request, cells.values())
     reasons = {metric.id: _why_unavailable(metric) for metric in metrics}
     usable = tuple(metric for metric in metrics if not reasons[metric.id])
     for metric in usable:
         if why := why_missing(request.suite, metric.reference_key):
             raise UserError(f"metric '{metric.id}': {why}")
     return Plan(request, tuple(cells.values()), usable, {name: why for name, why in reasons.items() if why})
+
+
+def _check_methods(request: Request, cells: Iterable[Cell]) -> None:
+    """Refuse settings that name a block or a step that does not exist."""
+    wanted = {(cell.method, cell.nfe) for cell in cells}
+    chains = {method: registry.build_method(method) for method, _ in wanted}
+    inside = any({"network", "blocks", "split"} & chain.requires for chain in chains.values())
+    facts = request.suite.model
+    depth = registry.build_model(facts.loader, facts.options).depth() if inside else 0
+    for method, nfe in sorted(wanted):
+        for part in chains[method].parts:
+            part.check(nfe, depth)
 
 
 def _nfe(request: Request, method: str, budget: int, guidance: float) -> int:

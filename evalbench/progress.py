@@ -1,15 +1,22 @@
-"""The progress bar, with an ETA from forwards x measured cost."""
+"""What a run shows while it runs: cells, speed, workers, and the time left from forwards x measured cost."""
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Mapping
 from types import TracebackType
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar as Bar
+from rich.table import Table
+from rich.text import Text
 
 MOST_DRAG = 1.3
+_RECENT = 50  # pieces whose speed is shown
+_SILENCE = 30.0  # seconds between plain lines
+_WORKERS_SHOWN = 8
 
 
 class CostModel:
@@ -105,67 +112,135 @@ class Phase:
         return None if own is None else self.drag * own / self.workers
 
 
-class ProgressBar:
-    """An observer of `runner.run` that draws one bar on a console, over all phases announced."""
+class Tracker:
+    """An observer of `runner.run` that adds up what it is told; what shows it overrides `changed` and `note`."""
+
+    def __init__(self) -> None:
+        self.phases: dict[str, Phase] = {}
+        self.phase = "starting"
+        self.done, self.cells_planned, self.errors = 0, 0, 0
+        self.states: dict[str, str] = {}
+        self._landings: deque[float] = deque(maxlen=_RECENT)  # when the last pieces landed
+
+    def planned(self, phase: str, forwards: float, samples: int, workers: int) -> None:
+        """A phase with this much work is to come."""
+        self.phases[phase] = Phase(forwards, samples, workers)
+        self.changed()
+
+    def landed(self, phase: str, forwards: float, samples: int, seconds: float) -> None:
+        """A piece of a phase is done."""
+        self.phase = phase
+        self._landings.append(time.perf_counter())
+        self.phases[phase].landed(forwards, samples, seconds, self._landings[-1])
+        self.changed()
+
+    def cells(self, done: int, total: int, errors: int) -> None:
+        """Cells with a record."""
+        self.done, self.cells_planned, self.errors = done, total, errors
+        self.changed()
+
+    def workers(self, states: Mapping[str, str]) -> None:
+        """What each worker does; shown with the next piece."""
+        self.states = dict(states)
+
+    def note(self, line: str) -> None:
+        """Something worth a line."""
+
+    def changed(self) -> None:
+        """There is something new to show."""
+
+    @property
+    def eta(self) -> float | None:
+        """Seconds left in all phases; None until the pieces that landed can tell."""
+        known = [phase.cost.per_forward * phase.drag for phase in self.phases.values()]
+        per_forward = next((seconds for seconds in known if seconds), None)
+        left = [phase.seconds_left(per_forward) for phase in self.phases.values()]
+        return None if any(seconds is None for seconds in left) else sum(filter(None, left))
+
+    @property
+    def total(self) -> float:
+        """Forwards of all phases."""
+        return sum(phase.total for phase in self.phases.values())
+
+    @property
+    def fraction(self) -> float:
+        """Share of the forwards that is done, 0 to 1; 1 when there are none."""
+        return 1.0 - sum(phase.forwards for phase in self.phases.values()) / self.total if self.total else 1.0
+
+    @property
+    def rate(self) -> float | None:
+        """Pieces per second, of the last that landed; None before the second."""
+        took = self._landings[-1] - self._landings[0] if len(self._landings) > 1 else 0.0
+        return (len(self._landings) - 1) / took if took > 0.0 else None
+
+    @property
+    def facts(self) -> str:
+        """Cells, errors, speed and time left, in words."""
+        eta, rate = self.eta, self.rate
+        parts = [
+            f"{self.done} of {self.cells_planned} cells" if self.cells_planned else "",
+            f"{self.errors} {'error' if self.errors == 1 else 'errors'}" if self.errors else "",
+            "" if rate is None else f"{rate:.3g} chunks/s",
+            "" if eta is None else f"about {human(eta)} left",
+        ]
+        return ", ".join(filter(None, parts))
+
+
+class ProgressBar(Tracker):
+    """One bar over all phases with a line per worker; on what is no terminal, a plain line now and then."""
 
     def __init__(self, console: Console) -> None:
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.percentage:>3.0f}%"),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[eta]}"),
-            console=console,
-            transient=not console.is_terminal,
-        )
-        self._task = self._bar.add_task("starting", total=None, eta="")
-        self._phases: dict[str, Phase] = {}
+        super().__init__()
+        self._console = console
+        self._live = Live(console=console, transient=True, auto_refresh=False) if console.is_terminal else None
+        self._spoke, self._told = time.perf_counter(), -1
 
     def __enter__(self) -> ProgressBar:
-        self._bar.start()
+        if self._live:
+            self._live.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bar.stop()
-
-    def planned(self, phase: str, forwards: float, samples: int, workers: int) -> None:
-        """A phase with this much work is to come."""
-        self._phases[phase] = Phase(forwards, samples, workers)
-
-    def landed(self, phase: str, forwards: float, samples: int, seconds: float) -> None:
-        """A piece of a phase is done."""
-        self._phases[phase].landed(forwards, samples, seconds, time.perf_counter())
-        self._refresh(phase)
-
-    def cells(self, done: int, total: int, errors: int) -> None:
-        """Cells with a record."""
-
-    def workers(self, states: Mapping[str, str]) -> None:
-        """What each worker does."""
+        if self._live:
+            self._live.stop()
 
     def note(self, line: str) -> None:
-        """A line above the bar."""
-        self._bar.console.print(line, markup=False)
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    @property
-    def eta(self) -> float | None:
-        """Seconds left in all phases; None until the pieces that landed can tell."""
-        known = [phase.cost.per_forward * phase.drag for phase in self._phases.values()]
-        per_forward = next((seconds for seconds in known if seconds), None)
-        left = [phase.seconds_left(per_forward) for phase in self._phases.values()]
-        return None if any(seconds is None for seconds in left) else sum(filter(None, left))
+    def changed(self) -> None:
+        if self._live:
+            self._live.update(self._picture(), refresh=True)
+        elif self._is_time():
+            self.note(f"{self.phase}: {self.fraction:.0%}, {self.facts}")
 
-    def _refresh(self, phase: str) -> None:
-        eta = self.eta
-        total = sum(p.total for p in self._phases.values())
-        done = total - sum(p.forwards for p in self._phases.values())
-        text = "" if eta is None else f"about {_human(eta)} left"
-        self._bar.update(self._task, description=phase, completed=done, total=total, eta=text)
+    def _is_time(self) -> bool:
+        """For a plain line: a cell is done, or a while went by."""
+        now = time.perf_counter()
+        if not self.cells_planned or (self.done == self._told and now - self._spoke < _SILENCE):
+            return False
+        self._spoke, self._told = now, self.done
+        return True
+
+    def _picture(self) -> RenderableType:
+        line = Table.grid(padding=(0, 1))
+        bar = Bar(total=1.0, completed=self.fraction, width=32)
+        line.add_row(self.phase, bar, f"{self.fraction:.0%}", self.facts)
+        rows = [
+            Text(f"  {name}: {state}", style="dim", overflow="ellipsis", no_wrap=True) for name, state in self._shown()
+        ]
+        return Group(line, *rows)
+
+    def _shown(self) -> list[tuple[str, str]]:
+        """The first workers; of many, how many more."""
+        rows = list(self.states.items())
+        more = len(rows) - _WORKERS_SHOWN
+        return rows if more <= 0 else [*rows[:_WORKERS_SHOWN], (f"and {more} more", "see `evalbench status RUN`")]
 
 
-def _human(seconds: float) -> str:
+def human(seconds: float) -> str:
+    """A duration in words."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

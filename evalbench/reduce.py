@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from evalbench.errors import EvalbenchError, UserError
+from evalbench.errors import BadSamples, EvalbenchError, UserError
 from evalbench.interfaces import Metric, Parts, Value
 from evalbench.metrics.common import value_of
 from evalbench.spec import Chunk, MetricValue
@@ -26,7 +27,21 @@ def paired_parts(metrics: Iterable[Metric[Any]]) -> tuple[str, ...]:
     return parts_of(metric for metric in metrics if metric.paired)
 
 
-def reduce_metrics(
+@dataclass(frozen=True)
+class Reduced:
+    """What the chunks of a cell say.
+
+    Attributes:
+        metrics: values by metric id. missing: the reason for each metric that has none.
+        counts: per-sample means of the ledger, see `count_means`.
+    """
+
+    metrics: dict[str, MetricValue]
+    missing: dict[str, str]
+    counts: dict[str, float]
+
+
+def reduce_cell(
     store: Store,
     chunks: Sequence[Chunk],
     solution: Sequence[Chunk] | None,
@@ -34,17 +49,14 @@ def reduce_metrics(
     references: References,
     *,
     allow_small_n: bool = False,
-) -> tuple[dict[str, MetricValue], dict[str, str]]:
-    """All metrics of a cell.
+) -> Reduced:
+    """All metrics and counts of a cell, from one reading of its chunks.
 
     Args:
         store: holds the chunks. chunks: of the cell, in order.
         solution: chunks of the fine solution over the same samples; None when there is none.
         metrics: what to compute. references: reference arrays by key.
         allow_small_n: compute set distances below their least N, marked.
-
-    Returns:
-        Values by metric id, and the reason for each metric that has none.
     """
     missing: dict[str, str] = {}
     wanted = []
@@ -55,7 +67,8 @@ def reduce_metrics(
             missing[metric.id] = f"the suite has no reference '{metric.reference_key}' at this guidance"
         else:
             wanted.append(metric)
-    states = states_of(store, chunks, solution, wanted)
+    blocks: list[dict[str, np.ndarray]] = []
+    states = states_of(store, chunks, solution, wanted, blocks)
     values: dict[str, MetricValue] = {}
     for metric in wanted:
         reference = references(metric.reference_key) if metric.reference_key else None
@@ -64,16 +77,38 @@ def reduce_metrics(
             values[metric.id] = _checked(metric, value)
         except (UserError, EvalbenchError) as error:
             missing[metric.id] = str(error)
-    return values, missing
+    return Reduced(values, missing, count_means(joined(blocks)))
+
+
+def check_samples(store: Store, chunks: Sequence[Chunk]) -> None:
+    """What only a whole cell shows: fewer samples than planned, or one sample twice.
+
+    Raises:
+        BadSamples: with the ids of the samples.
+    """
+    first: dict[str, int] = {}
+    for chunk in chunks:
+        digests = (store.chunk_facts(chunk) or {}).get("digests", [])  # of images; older chunks have none
+        if digests and len(digests) != chunk.stop - chunk.start:
+            raise BadSamples(f"{len(digests)} samples stand for samples {chunk.start}-{chunk.stop - 1}")
+        for i, digest in enumerate(digests, chunk.start):
+            if first.setdefault(digest, i) != i:
+                raise BadSamples(f"sample {i} is a copy of sample {first[digest]}")
 
 
 def states_of(
-    store: Store, chunks: Sequence[Chunk], solution: Sequence[Chunk] | None, metrics: Sequence[Metric[Any]]
+    store: Store,
+    chunks: Sequence[Chunk],
+    solution: Sequence[Chunk] | None,
+    metrics: Sequence[Metric[Any]],
+    counts: list[dict[str, np.ndarray]] | None = None,
 ) -> dict[str, Any]:
-    """States of a cell's metrics by id, merged in chunk order."""
+    """States of a cell's metrics by id, merged in chunk order; `counts` gets the ledger's counts of each chunk."""
     states: dict[str, Any] = {}
     for i, chunk in enumerate(chunks):
         parts: dict[str, np.ndarray] = store.read_chunk(chunk)
+        if counts is not None:
+            counts.append(counts_in(parts))
         if solution is not None and any(metric.paired for metric in metrics):
             fine = store.read_chunk(solution[i])
             parts |= {f"paired:{name}": values for name, values in fine.items()}
@@ -100,20 +135,18 @@ def _checked(metric: Metric[Any], value: Value) -> MetricValue:
     )
 
 
-def reduce_counts(store: Store, chunks: Sequence[Chunk]) -> dict[str, float]:
-    """Per-sample means of the ledger over a cell, and the 95th percentile of nfe; a missing count stays out.
+def counts_in(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The ledger's counts among the arrays of samples, by name, each (B,)."""
+    return {name.removeprefix("count:"): values for name, values in arrays.items() if name.startswith("count:")}
 
-    A count that only some chunks have (a role that was not always called) is zero in the others.
-    """
-    blocks = [
-        {name.removeprefix("count:"): values for name, values in store.read_chunk(chunk).items() if "count:" in name}
-        for chunk in chunks
-    ]
+
+def joined(blocks: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The counts of a cell's chunks in order; one that only some have (a role not always called) is zero in others."""
     names = dict.fromkeys(name for block in blocks for name in block)
-    joined: Mapping[str, np.ndarray] = {
-        name: np.concatenate([block.get(name, np.zeros(len(block["nfe"]))) for block in blocks]) for name in names
-    }
-    counts = {name: float(values.mean()) for name, values in joined.items() if np.isfinite(values).all()}
-    if "nfe" in joined:
-        counts["nfe_p95"] = float(np.percentile(joined["nfe"], 95))
-    return counts
+    return {name: np.concatenate([block.get(name, np.zeros(len(block["nfe"]))) for block in blocks]) for name in names}
+
+
+def count_means(counts: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Means of counts over samples, and the 95th percentile of nfe; what is not finite for every sample stays out."""
+    means = {name: float(values.mean()) for name, values in counts.items() if np.isfinite(values).all()}
+    return means | ({"nfe_p95": float(np.percentile(counts["nfe"], 95))} if "nfe" in counts else {})

@@ -136,8 +136,11 @@ def arrays_digest(arrays: Mapping[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def read_reference(file: Path) -> Reference:
+def read_reference(file: Path, *, spatial: bool = False) -> Reference:
     """A `.safetensors` of evalbench, or an `.npz` with `mu` and `sigma` of clean-fid, pytorch-fid, EDM or ADM.
+
+    Args:
+        file: the file. spatial: from an `.npz` take `mu_s` and `sigma_s`, ADM's statistics for sFID.
 
     Raises:
         UserError: it is neither, or broken.
@@ -145,7 +148,7 @@ def read_reference(file: Path) -> Reference:
     if not file.is_file():
         raise UserError(f"reference '{file}' not found; make it with `evalbench reference make`")
     if file.suffix == ".npz":
-        return _foreign(file)
+        return _foreign(file, *(("mu_s", "sigma_s") if spatial else ("mu", "sigma")))
     if file.suffix != ".safetensors":
         raise UserError(f"reference '{file}' is no .safetensors of evalbench and no .npz with mu and sigma")
     from safetensors import SafetensorError, safe_open
@@ -167,21 +170,21 @@ def is_foreign(file: Path) -> bool:
     return {"mu", "sigma"} <= set(keys) and "arr_0" not in keys
 
 
-def _foreign(file: Path) -> Reference:
+def _foreign(file: Path, mu: str, sigma: str) -> Reference:
     keys = npz_keys(file)
-    if not {"mu", "sigma"} <= set(keys):
-        raise UserError(f"reference '{file}' holds {', '.join(keys)}; statistics stand under 'mu' and 'sigma'")
+    if not {mu, sigma} <= set(keys):
+        raise UserError(f"reference '{file}' holds {', '.join(keys)}; statistics stand under '{mu}' and '{sigma}'")
     with zipfile.ZipFile(file) as archive:
-        for name in ("mu.npy", "sigma.npy"):
+        for name in (f"{mu}.npy", f"{sigma}.npy"):
             if archive.getinfo(name).file_size > _LARGEST:
                 raise UserError(f"reference '{file}': {name} unpacks to more than {_LARGEST:,} bytes")
     try:
         with np.load(file, allow_pickle=False) as content:
-            mean, cov = np.asarray(content["mu"]), np.asarray(content["sigma"])
+            mean, cov = np.asarray(content[mu]), np.asarray(content[sigma])
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"reference '{file}' cannot be read: {error}") from None
     if mean.ndim != 1 or cov.shape != (len(mean), len(mean)) or "f" not in (mean.dtype.kind, cov.dtype.kind):
-        raise UserError(f"reference '{file}': mu {mean.shape} and sigma {cov.shape} are no mean and covariance")
+        raise UserError(f"reference '{file}': {mu} {mean.shape} and {sigma} {cov.shape} are no mean and covariance")
     arrays = {"mean": mean.astype(np.float64), "cov": cov.astype(np.float64)}
     return Reference(arrays, {}, hashlib.sha256(file.read_bytes()).hexdigest(), str(file), (UNKNOWN,))
 

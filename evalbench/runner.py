@@ -13,16 +13,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from evalbench import environment, registry, sampling, shards, worker
+from evalbench import environment, registry, sampling, shards, status, worker
 from evalbench.artifacts import Artifacts
 from evalbench.cost.variants import Variant
-from evalbench.errors import EvalbenchError
+from evalbench.errors import BadSamples, EvalbenchError
 from evalbench.execution import Executor, SerialExecutor
 from evalbench.failures import Policy
 from evalbench.interfaces import Parts
 from evalbench.observer import Observer, Silent
 from evalbench.plan import Plan, Request, make_cell, make_plan, unique
-from evalbench.reduce import parts_of, reduce_counts, reduce_metrics
+from evalbench.reduce import check_samples, parts_of, reduce_cell
 from evalbench.shards import Claims, Shard
 from evalbench.spec import Cell, Chunk, Failure, Record, content_id
 from evalbench.store import DamagedChunk, Store, open_run
@@ -75,8 +75,9 @@ def run(
     with (
         open_run(out, request.suite, request.plugins, shared=shard is not None) as store,
         shards.claims_of(store.folder, shard, policy or Policy()) as claims,
+        status.kept(store.folder, observer or Silent()) as told,
     ):
-        loop = _Loop(plan, store, executor, observer or Silent(), claims)
+        loop = _Loop(plan, store, executor, told, claims)
         loop.announce()
         if "quality" in request.measure:
             loop.quality()
@@ -388,9 +389,14 @@ class _Loop:
             status = "unsupported" if failed.unsupported else "error"
             return Record(**base, status=status, failure=failed.failure)
         chunks = self.plan.chunks(cell)
+        try:
+            check_samples(self.store, chunks)
+        except BadSamples as error:
+            failure = Failure(type=type(error).__name__, message=str(error), traceback="")
+            return Record(**base, status="error", failure=failure)
         fine = None if solution is None or solution.id in self._failed else self.plan.chunks(solution)
         made_in = (self.store.chunk_facts(chunks[0]) or {}).get("environment", {})
-        metrics, missing = reduce_metrics(
+        found = reduce_cell(
             self.store,
             chunks,
             fine,
@@ -398,14 +404,12 @@ class _Loop:
             lambda key: self._reference(cell, key),
             allow_small_n=self.plan.request.allow_small_n,
         )
-        missing |= self.plan.unavailable
-        counts = reduce_counts(self.store, chunks)
         return Record(
             **base,
             status="ok",
-            metrics=metrics,
-            missing=missing,
-            counts=counts,
+            metrics=found.metrics,
+            missing={**found.missing, **self.plan.unavailable},
+            counts=found.counts,
             bill=self._artifacts.bill(cell),
             environment=made_in,
         )
@@ -417,7 +421,10 @@ class _Loop:
         if key.startswith("converged/") and guided:
             return None
         if key not in self._references:
-            self._references[key] = worker.load_reference(request.suite, key, request.plugins)
+            found = worker.load_reference(request.suite, key, request.plugins)
+            if found is not None and request.suite.references[key].model:
+                self.store.write_reference(key, found)
+            self._references[key] = found
         return self._references[key]
 
     def _protocol(self, cell: Cell) -> dict[str, Any]:

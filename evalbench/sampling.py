@@ -169,13 +169,18 @@ def wrapped(door: Denoiser, chain: Chain, guidance: float, wraps: int | None = N
     return denoiser
 
 
-def images_of(model: Model, x: torch.Tensor, stopwatch: Stopwatch | None = None) -> torch.Tensor | None:
-    """Finished images of samples, uint8 (B, C, H, W); None when the model makes none."""
+def decoded_of(model: Model, x: torch.Tensor, stopwatch: Stopwatch | None = None) -> torch.Tensor | None:
+    """What samples show, float (B, C, H, W), in [-1, 1] but for overshoot; None when the model makes no images."""
     if not model.is_image:
         return None
     with torch.no_grad(), span(stopwatch, "decoder"):
-        decoded = model.decode(x)
-    return to_uint8(decoded)
+        return model.decode(x)
+
+
+def images_of(model: Model, x: torch.Tensor, stopwatch: Stopwatch | None = None) -> torch.Tensor | None:
+    """Finished images of samples, uint8 (B, C, H, W); None when the model makes none."""
+    decoded = decoded_of(model, x, stopwatch)
+    return None if decoded is None else to_uint8(decoded)
 
 
 def _check_shape(x: Any, x_T: torch.Tensor, chain: Chain) -> None:

@@ -15,17 +15,27 @@ from typing import Any
 import numpy as np
 
 from evalbench import registry
-from evalbench.errors import UserError
-from evalbench.images_in import Images, Seen, Source, open_source, read_captions, read_labels, sample_batches, stem
+from evalbench.errors import BadSamples, UserError, some
+from evalbench.images_in import (
+    Images,
+    Seen,
+    Source,
+    npz_keys,
+    open_source,
+    read_captions,
+    read_labels,
+    sample_batches,
+    stem,
+)
 from evalbench.interfaces import Extractor, Metric, Value
 from evalbench.metrics.common import value_of
 from evalbench.metrics.curve import Curve, curve, parse_sizes
 from evalbench.metrics.differences import mean_difference
+from evalbench.metrics.frechet import FrechetDistance
 from evalbench.metrics.persample import PerSampleScore
 from evalbench.reference_files import Reference, is_foreign, of_images, read_reference
+from evalbench.sample_plan import SamplePlan, read_plan
 from evalbench.stats import wilson_interval
-
-_SHOWN = 3  # ids named in a message
 
 
 @dataclass(frozen=True)
@@ -104,6 +114,7 @@ def score_images(
     baseline: Images | None = None,
     allow_small_n: bool = False,
     sizes: Sequence[int] = (),
+    plan: SamplePlan | None = None,
 ) -> ScoreResult:
     """Quality of images that exist already.
 
@@ -111,24 +122,32 @@ def score_images(
         source: a folder, a .zip, an .npz (`arr_0`), or an iterable of uint8 arrays.
         reference: statistics (.safetensors of evalbench, .npz with mu and sigma), or images as `source`; None where
             no metric needs one.
-        metrics: ids such as `fd@fashion64`. labels: the class of each image in order, for `accuracy`.
+        metrics: ids such as `fd@fashion64`. labels: the class of each image in order, for `accuracy`; None takes what
+            an ADM npz says.
         captions: the text of each image by its id, for `clip` and rewards.
         baseline: images of the same ids as `source`, for `psnr`, `ssim`, `lpips` and paired differences of scores.
         allow_small_n: compute set distances below their least N, marked.
         sizes: also compute every metric from so many of the images, with the line in 1 / N (`metrics/curve.py`).
+        plan: what images and classes must be there; anything else is an error.
 
     Raises:
         UserError: anything that was given is wrong; the file is named.
     """
+    opened, seen = open_source(source), Seen()
+    labels = opened.labels if labels is None else labels
     beside = {"labels": labels, "captions": captions, "baseline": baseline}
     wanted = _build(metrics, {name for name, given in beside.items() if given is not None})
-    opened, seen = open_source(source), Seen()
     extractors = {name: registry.build_extractor(name) for metric in wanted for name in metric.needs}
     references = _references(reference, wanted, extractors)
     compared = None if baseline is None else _Baseline(baseline, wanted, extractors, labels, captions)
     states: dict[str, Any] = {}
+    ids: list[str] = []
     for batch in sample_batches(opened, seen, labels, captions):
         parts = {name: extract(batch).cpu().numpy() for name, extract in extractors.items()}
+        for name, rows in parts.items():
+            _check_finite(opened, name, rows, seen.ids)
+        if plan is not None:
+            ids += seen.ids
         if not states:
             _check_dimensions(references, parts)
         if compared is not None:
@@ -137,6 +156,8 @@ def score_images(
             state = metric.update(parts)
             states[metric.id] = metric.merge(states[metric.id], state) if metric.id in states else state
     _check(opened, seen)
+    if plan is not None:
+        plan.check(opened.name, ids, labels)
     if compared is not None:
         compared.check_ended()
     scores = []
@@ -170,13 +191,14 @@ def score_command(
     baseline: str | None = None,
     allow_small_n: bool = False,
     sizes: str | None = None,
+    plan: str | None = None,
 ) -> int:
     """`evalbench score`: print a line per metric, or one JSON object.
 
     Args:
         source, reference, metrics, baseline, allow_small_n: as `score_images`. json_out: print JSON.
         labels: a text file with one class number per line. captions: a JSON object, or lines id<TAB>caption.
-        sizes: sample counts of the curves, `1000,2000`.
+        sizes: sample counts of the curves, `1000,2000`. plan: `balanced:10`, or a file of ids (`sample_plan.py`).
     """
     result = score_images(
         source,
@@ -187,6 +209,7 @@ def score_command(
         baseline=baseline,
         allow_small_n=allow_small_n,
         sizes=parse_sizes(sizes),
+        plan=None if plan is None else read_plan(plan),
     )
     print(json.dumps(result.to_json(), indent=1) if json_out else _table(result, source))
     return 0
@@ -215,7 +238,7 @@ class _Baseline:
         batch = next(self._batches, None)
         if batch is None or [stem(name) for name in self._seen.ids] != [stem(name) for name in seen.ids]:
             ours = {stem(name) for name in seen.ids} ^ {stem(name) for name in self._seen.ids}
-            named = ", ".join(sorted(ours)[:_SHOWN]) or "none is left"
+            named = some(sorted(ours)) or "none is left"
             raise UserError(
                 f"'{self._source.name}' does not pair with the images: {named}; pairs are matched by id, so give "
                 "as many images of the same names"
@@ -291,12 +314,43 @@ def _references(
     if given is None:
         raise UserError(f"metric '{wanted[0].id}' needs a reference; give --reference FILE or a folder of images")
     if isinstance(given, str | Path) and _is_statistics(Path(given)):
-        if len(keys) > 1:
+        if len([key for key in keys if not _is_spatial(key)]) > 1 or (len(keys) > 1 and Path(given).suffix != ".npz"):
             raise UserError(f"'{given}' holds one kind of features, the metrics need {', '.join(keys)}; give images")
-        return {keys[0]: _matching(read_reference(Path(given)), keys[0], extractors[keys[0]])}
+        found = {key: read_reference(Path(given), spatial=_is_spatial(key)) for key in keys}
+        return {key: _matching(reference, key, extractors[key]) for key, reference in found.items()}
     if not isinstance(given, str | Path) and len(keys) > 1:
         given = list(given)  # read once per extractor
-    return {key: of_images(given, key, extract=extractors[key]) for key in keys}
+    return {key: _of_images(given, key, wanted, extractors[key]) for key in keys}
+
+
+def _of_images(given: Images, key: str, wanted: Sequence[Metric[Any]], extract: Extractor) -> Reference:
+    """The reference of images; an ADM npz that also stores Inception's statistics is taken at its word for those.
+
+    Its images may be fewer than what the statistics were made of.
+    """
+    stored = _stored(given, key)
+    compared = [metric for metric in wanted if metric.reference_key == key]
+    if stored is not None and all(isinstance(metric, FrechetDistance) for metric in compared):
+        return _matching(stored, key, extract)
+    found = of_images(given, key, extract=extract)
+    if stored is None:
+        return found
+    return dataclasses.replace(found, arrays={**found.arrays, **stored.arrays}, notes=(*found.notes, *stored.notes))
+
+
+def _stored(given: Images, key: str) -> Reference | None:
+    """Statistics of Inception features that stand beside the images of an npz."""
+    if not isinstance(given, str | Path) or not key.startswith("inception:") or Path(given).suffix != ".npz":
+        return None
+    needed = {"mu_s", "sigma_s"} if _is_spatial(key) else {"mu", "sigma"}
+    if "logits" in key.split(":") or not Path(given).is_file() or not needed <= set(npz_keys(Path(given))):
+        return None
+    return read_reference(Path(given), spatial=_is_spatial(key))
+
+
+def _is_spatial(key: str) -> bool:
+    """Whether an ADM npz keeps the statistics of these features as `mu_s` and `sigma_s`."""
+    return key.startswith("inception:") and "spatial" in key.split(":")
 
 
 def _is_statistics(path: Path) -> bool:
@@ -325,13 +379,18 @@ def _check_dimensions(references: Mapping[str, Reference], parts: Mapping[str, n
                 )
 
 
+def _check_finite(source: Source, name: str, rows: np.ndarray, ids: Sequence[str]) -> None:
+    bad = [ids[i] for i in np.flatnonzero(~np.isfinite(rows.reshape(len(rows), -1)).all(axis=1)).tolist()]
+    if bad:
+        raise BadSamples(f"'{source.name}': features '{name}' are NaN or infinite for {len(bad)} images ({some(bad)})")
+
+
 def _check(source: Source, seen: Seen) -> None:
     """Images that no score may be computed from; none is ever dropped."""
     for ids, what in ((seen.constant, "of one grey level"), (seen.repeated, "copies of others")):
         if ids:
-            named = ", ".join(ids[:_SHOWN]) + (", ..." if len(ids) > _SHOWN else "")
             raise UserError(
-                f"'{source.name}': {len(ids)} of {seen.n} images are {what} ({named}); remove or replace them"
+                f"'{source.name}': {len(ids)} of {seen.n} images are {what} ({some(ids)}); remove or replace them"
             )
 
 

@@ -216,7 +216,7 @@ class Suite(Frozen):
         try:
             return self.model_copy(update={"sampling": Sampling(**content)})
         except ValidationError as error:
-            raise UserError(_one_line(error, "command line", Sampling)) from None
+            raise UserError(validation_line(error, "command line", Sampling)) from None
 
 
 def suite_names() -> list[str]:
@@ -227,7 +227,8 @@ def suite_names() -> list[str]:
 def load_suite(name_or_path: str) -> Suite:
     """A built-in suite by name, or one from a TOML file by path.
 
-    A suite may say `extends = "NAME"` and then list only what differs; tables are merged key by key.
+    A suite may say `extends = "NAME"` and then list only what differs; tables are merged key by key, floors by what
+    they are of.
 
     Raises:
         UserError: no such suite or file, not TOML, unknown or missing key, value out of range.
@@ -249,7 +250,7 @@ def parse_suite(content: dict[str, Any], folder: str, *, where: str) -> Suite:
     try:
         suite = Suite(**content, folder=folder)
     except ValidationError as error:
-        raise UserError(_one_line(error, where, Suite)) from None
+        raise UserError(validation_line(error, where, Suite)) from None
     if not _NAME.fullmatch(suite.name):
         raise UserError(f"{where}: name '{suite.name}' may hold letters, digits, '.', '_' and '-' only")
     if suite.metrics.primary not in suite.metrics.names:
@@ -285,10 +286,22 @@ def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     for key, value in changes.items():
         both_tables = isinstance(value, dict) and isinstance(base.get(key), dict)
         result[key] = _merged(base[key], value) if both_tables else value
+    if isinstance(base.get("floors"), list) and isinstance(changes.get("floors"), list):
+        result["floors"] = _merged_floors(base["floors"], changes["floors"])
     return result
 
 
-def _one_line(error: ValidationError, where: str, model: type[BaseModel]) -> str:
+def _merged_floors(base: list[Any], changes: list[Any]) -> list[Any]:
+    """Floors of both; where both have one of the same metric, N and kind, that of `changes`."""
+
+    def of(floor: Any) -> tuple[Any, ...]:
+        return tuple(floor.get(key) for key in ("metric", "samples", "what")) if isinstance(floor, dict) else (floor,)
+
+    replaced = {of(floor) for floor in changes}
+    return [floor for floor in base if of(floor) not in replaced] + changes
+
+
+def validation_line(error: ValidationError, where: str, model: type[BaseModel]) -> str:
     """One of pydantic's complaints as one line; an unknown key first, since it explains a missing one."""
     first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     place = ".".join(str(part) for part in first["loc"])
@@ -516,4 +529,4 @@ def record_from_json(line: str, *, where: str) -> Record:
     try:
         return Record(**content)
     except ValidationError as error:
-        raise EvalbenchError(_one_line(error, where, Record)) from None
+        raise EvalbenchError(validation_line(error, where, Record)) from None

@@ -179,6 +179,19 @@ def holm(p_values: Sequence[float] | np.ndarray, level: float = 0.05) -> list[bo
     return [bool(found) for found in rejected]
 
 
+def benjamini_hochberg(p_values: Sequence[float] | np.ndarray, level: float = 0.05) -> list[bool]:
+    """Which hypotheses are rejected with a false discovery rate of at most `level` (Benjamini & Hochberg 1995).
+
+    For p-values that are independent or positively dependent (Benjamini & Yekutieli 2001).
+    """
+    p = np.asarray(p_values, dtype=float)
+    order = np.argsort(p, kind="stable")
+    below = np.flatnonzero(p[order] <= level * np.arange(1, len(p) + 1) / max(len(p), 1))
+    rejected = np.zeros(len(p), dtype=bool)
+    rejected[order[: below[-1] + 1 if len(below) else 0]] = True
+    return [bool(found) for found in rejected]
+
+
 def percentiles(samples: np.ndarray) -> Percentiles:
     """Median, p10, p90 and p99 of raw samples, (n,), linear between order statistics.
 

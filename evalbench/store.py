@@ -5,6 +5,7 @@ chunks in flight.
     records.jsonl            one record per line; the last one of a (cell, kind, variant) counts
     chunks/CELL/START-STOP.npz
     artifacts/KEY.npz        what methods prepared, with its bill
+    references/HASH.npz      what the suite's model computed of its own distribution, for verdicts
     table.csv, timings.csv, report/
 """
 
@@ -26,7 +27,7 @@ import numpy as np
 from evalbench import __version__
 from evalbench.durable import Group, append_line, opened, read_facts, read_npz, write_atomic, write_npz
 from evalbench.errors import DamagedFile, EvalbenchError, UserError
-from evalbench.spec import Chunk, Record, Suite, record_from_json
+from evalbench.spec import Chunk, Record, Suite, content_id, record_from_json
 
 _CHUNK = re.compile(r"(\d+)-(\d+)\.npz")
 
@@ -172,6 +173,24 @@ class Store:
             return read_npz(self.artifact_file(key))
         except DamagedFile:
             return None
+
+    # --- references that a model computes ---
+
+    def _reference_file(self, key: str) -> Path:
+        return self.folder / "references" / f"{content_id(key)}.npz"
+
+    def write_reference(self, key: str, arrays: Mapping[str, np.ndarray]) -> None:
+        """Keep what the model computed, so that verdicts need no model."""
+        write_npz(self._reference_file(key), arrays, {"reference": key})
+
+    def read_reference(self, key: str) -> dict[str, np.ndarray] | None:
+        """A kept reference; None when there is none.
+
+        Raises:
+            DamagedFile: it is not what was written.
+        """
+        file = self._reference_file(key)
+        return read_npz(file)[0] if file.is_file() else None
 
     def images(self, cell_id: str) -> np.ndarray | None:
         """The kept uint8 images of a cell from sample 0 on, (n, C, H, W); None when there are none."""

@@ -206,7 +206,8 @@ def _latency(one: Measured, facts: Mapping[str, Any]) -> Latency:
 def is_training_free(chain: Chain) -> bool:
     """A solver on the unchanged network of the suite, guided or not, with nothing prepared: a baseline."""
     unchanged = all(wrap.guides for wrap in chain.wraps)
-    return unchanged and not chain.prepares and not any(word.startswith("role ") for word in chain.requires)
+    other = any(word.startswith("role ") or word in ("network", "blocks", "split") for word in chain.requires)
+    return unchanged and not chain.prepares and not other
 
 
 def _impl(chain: Chain) -> str:

@@ -38,7 +38,7 @@ def damages(store: Store) -> Iterator[Damage]:
             store.read_chunk(chunk)
         except DamagedFile as error:
             yield Damage(store.chunk_file(chunk), str(error).split(";")[0])
-    for file in sorted((store.folder / "artifacts").glob("*.npz")):
+    for file in sorted(file for kind in ("artifacts", "references") for file in (store.folder / kind).glob("*.npz")):
         try:
             read_npz(file)
         except DamagedFile as error:
@@ -51,19 +51,26 @@ def _table_damages(store: Store) -> Iterator[Damage]:
     file = store.folder / "table.csv"
     if not file.is_file():
         return
-    kept = file.read_bytes()
+    try:
+        made = table_of(store)
+    except EvalbenchError:  # what it is made of is damaged, and named above
+        return
+    if made != file.read_bytes():
+        yield Damage(file, f"{file} is not the table of the records; make it with `evalbench report {store.folder}`")
+
+
+def table_of(store: Store) -> bytes:
+    """table.csv as the records give it.
+
+    Raises:
+        EvalbenchError: manifest or records cannot be read.
+    """
     with tempfile.TemporaryDirectory() as folder:
         for name in ("manifest.json", "records.jsonl"):
             if (store.folder / name).is_file():
                 shutil.copy(store.folder / name, folder)
-        try:
-            build_report(Store(folder), Path(folder) / "report", ("csv",))
-        except EvalbenchError:  # what it is made of is damaged, and named above
-            return
-        if (Path(folder) / "table.csv").read_bytes() != kept:
-            yield Damage(
-                file, f"{file} is not the table of the records; make it with `evalbench report {store.folder}`"
-            )
+        build_report(Store(folder), Path(folder) / "report", ("csv",))
+        return (Path(folder) / "table.csv").read_bytes()
 
 
 def chunks_in(store: Store) -> Iterator[Chunk]:

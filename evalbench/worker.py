@@ -7,6 +7,7 @@ suite's size (a short one is padded with the following indices and the padding d
 from __future__ import annotations
 
 import gc
+import hashlib
 import time
 import traceback
 from collections.abc import Mapping, Sequence
@@ -19,15 +20,17 @@ import torch
 
 from evalbench import environment, registry, sampling
 from evalbench.cost.ledger import Ledger
-from evalbench.errors import BadSamples, Unsupported, UserError
+from evalbench.errors import BadSamples, Unsupported, UserError, some
 from evalbench.interfaces import Artifact, Cond, Extractor, Model, Parts, SampleBatch
-from evalbench.metrics.images import check_images
+from evalbench.metrics.images import check_finite, check_images, to_uint8
 from evalbench.preparation import Prepared, prepare
 from evalbench.prompts import read_prompts
 from evalbench.registry import Chain
-from evalbench.sampling import Setup, conditions, images_of, noise_path, sample, setup_of
+from evalbench.sampling import Setup, conditions, decoded_of, noise_path, sample, setup_of
 from evalbench.spec import GRID_SAMPLES, Cell, Chunk, Failure, Suite
 from evalbench.suite_references import check_reference_file, read_reference, why_missing
+
+_DIGEST = "digest"  # the array of a batch that becomes a fact of the chunk
 
 
 @dataclass(frozen=True)
@@ -140,7 +143,9 @@ def _run_chunk(job: Job) -> ChunkResult:
     extractors = {name: _extractor(name, str(setup.device)) for name in job.parts}
     started = time.perf_counter()  # what was loaded serves many chunks: it is no chunk's cost
     arrays = _compute(job, setup, extractors)
+    digests = arrays.pop(_DIGEST, np.array([], np.uint64))
     facts = {
+        "digests": [f"{digest:016x}" for digest in digests.tolist()],
         "seconds": time.perf_counter() - started,
         "environment": environment.describe(setup.device),
         "features": {name: registry.extractor_fingerprint(name) for name in job.parts},
@@ -194,6 +199,13 @@ def _names(blocks: Sequence[Mapping[str, np.ndarray]]) -> list[str]:
     return list(dict.fromkeys(name for block in blocks for name in block))
 
 
+def _digests(x: torch.Tensor) -> np.ndarray:
+    """64 bits of each sample's content, uint64 (B,): equal samples of other chunks are found by it."""
+    rows = x.contiguous().cpu().numpy()
+    digests = [hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in rows]
+    return np.frombuffer(b"".join(digests), np.uint64)
+
+
 def _column(block: Mapping[str, np.ndarray], name: str) -> np.ndarray:
     """An array of a batch; a count that only other batches have is zero in this one."""
     missing_count = name.startswith("count:") and name not in block
@@ -212,10 +224,15 @@ def _batch(
     cond = conditions(job.suite, setup.model, indices, setup.device)
     ledger = Ledger(len(indices), budget=job.cell.nfe)
     x = sample(setup, chain, job.cell, indices, cond, ledger)
-    batch = SampleBatch(x, images_of(setup.model, x), cond, setup.model)
-    _check(batch, keep)
+    decoded = decoded_of(setup.model, x)
+    batch = SampleBatch(x, None if decoded is None else to_uint8(decoded), cond, setup.model)
+    _check(batch, decoded, indices[:keep])
     with torch.no_grad():
         arrays = {name: extract(batch)[:keep].cpu().numpy() for name, extract in extractors.items()}
+    for name, rows in arrays.items():
+        _check_features(name, rows, indices[:keep])
+    if batch.images is not None:
+        arrays[_DIGEST] = _digests(x[:keep])
     return (
         arrays
         | _counts(ledger, keep)
@@ -224,15 +241,21 @@ def _batch(
     )
 
 
-def _check(batch: SampleBatch, keep: int) -> None:
-    """A bad sample is an error of the cell, never silently dropped."""
-    x = batch.x[:keep]
-    if batch.images is not None:
-        check_images(batch.images[:keep], x)
-        return
-    bad = int((~torch.isfinite(x)).flatten(1).any(1).sum())
+def _check(batch: SampleBatch, decoded: torch.Tensor | None, ids: Sequence[int]) -> None:
+    """A bad sample is an error of the cell that names it, never silently dropped."""
+    x = batch.x[: len(ids)]
+    if batch.images is None or decoded is None:
+        check_finite(x, ids)
+    else:
+        check_images(batch.images[: len(ids)], x, decoded=decoded[: len(ids)], ids=ids)
+
+
+def _check_features(name: str, rows: np.ndarray, ids: Sequence[int]) -> None:
+    if len(rows) != len(ids):
+        raise BadSamples(f"features '{name}' have {len(rows)} rows for {len(ids)} samples ({some(ids)})")
+    bad = [ids[i] for i in np.flatnonzero(~np.isfinite(rows.reshape(len(rows), -1)).all(axis=1)).tolist()]
     if bad:
-        raise BadSamples(f"{bad} of {keep} samples hold NaN or infinity")
+        raise BadSamples(f"features '{name}' are NaN or infinite for {len(bad)} of {len(ids)} samples ({some(bad)})")
 
 
 def _counts(ledger: Ledger, keep: int) -> dict[str, np.ndarray]:

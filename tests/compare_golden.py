@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,19 @@ def comparison() -> Comparison:
     """Every word once, with what Markdown and XML need escaped."""
     share = effect(metric="accuracy@fashion-classifier", unit="fraction", higher_is_better=True, base=0.88, new=0.87)
     open_ = effect(new=4.5, difference=0.09, se=0.03)
+    latency = effect(
+        metric="latency@64",
+        unit="ms per call",
+        statistic="ratio of process medians, hierarchical bootstrap",
+        base=41.2,
+        new=52.8,
+        difference=math.log(52.8 / 41.2),
+        se=0.02,
+        n=5,
+        df=4.0,
+        tolerance=math.log1p(0.05),
+        relative=True,
+    )
     return Comparison(
         base="results/baselines/fashion",
         new="results/runs/a|b",
@@ -56,6 +70,7 @@ def comparison() -> Comparison:
             verdict("worse", effect(new=9.0, difference=4.5, se=0.4), nfe=5, notes=("other fingerprint class",)),
             verdict("better", effect(new=3.0, difference=-1.4, se=0.3), base_method="ddim", nfe=20),
             verdict("undecided", open_, seed=1, samples_to_decide=open_.samples_to_decide(4)),
+            verdict("worse", latency, metric="latency@64", notes=("not timed together",)),
             verdict("not comparable", seed=2, reason="error row in NEW: <x> & \x1b[31m|y|"),
             verdict("not comparable", seed=3, reason="unsupported row in BASE: needs split", gates=False),
         ),

@@ -46,18 +46,32 @@ ARROWS: dict[str, set[str]] = {
     "models.references": {"plan", "store", "models.nets"},
     "metrics": {"registry", "stats", "weights", "models.nets", "models.inception"},
     "images_in": {"interfaces"},
+    "sample_plan": {"images_in"},
     "reference_files": {"metrics", "images_in"},
-    "score": {"reference_files"},
+    "score": {"reference_files", "sample_plan"},
     "durable": {"errors"},
     "leases": {"errors"},
     "observer": {"errors"},
+    "progress": {"errors"},
+    "status": {"observer", "progress", "store"},
     "store": {"spec", "durable"},
     "reduce": {"metrics", "store", "stats"},
     "suite_references": {"spec", "weights"},
     "prompts": {"spec", "weights"},
     "conventions": {"sampling"},
-    "compare": {"stats", "store", "metrics", "suite_references", "report"},  # the paired statistics; the rendering
-    "report": {"store", "stats", "cost.speedup"},
+    "compare": {
+        "stats",
+        "store",
+        "metrics",
+        "suite_references",
+        "report",
+        "cost.ratio",
+    },  # the paired statistics; the rendering
+    "bisect": {"compare"},  # commits run in processes of their own
+    "looks": {"metrics", "stats"},
+    "sequential": {"looks", "compare", "runner"},
+    "published": {"spec"},
+    "report": {"store", "stats", "cost.speedup", "published"},
     "sampling": {"models", "engine", "cost", "environment", "metrics", "prompts"},
     "preparation": {"sampling", "metrics"},
     "worker": {"preparation", "suite_references"},
@@ -71,7 +85,8 @@ ARROWS: dict[str, set[str]] = {
     "claim_words": {"stats", "interfaces"},
     "claims": {"claim_words", "runner", "report"},  # report: the rendering
     "upkeep": {"store", "report"},
-    "runner": {"cluster", "plan", "shards", "reduce", "store", "artifacts", "observer"},
+    "runner": {"cluster", "plan", "shards", "reduce", "store", "artifacts", "observer", "status"},
+    "bundle": {"runner", "upkeep"},
 }
 # Components of their own inside a package that stands higher or lower.
 LEAVES = {

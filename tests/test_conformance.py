@@ -9,6 +9,7 @@ from functools import lru_cache
 import numpy as np
 import pytest
 import torch
+import twins
 from support import small_suite
 
 from evalbench import registry, sampling
@@ -47,10 +48,14 @@ VARIANTS = [
     "ddpm+best-of-n(n=1)",
     "rbf(interpolant=vp)",
     "svdd(interpolant=vp,grid=)",
+    "dpm-solver+++faster-diffusion(keys=uniform:3,parallel=true)",
 ]
 SUITES = ["gmm-smooth", "gmm-smooth-edm", "gmm-smooth-flow"]
 # Where a method runs that needs what the models of SUITES do not have, by what it needs.
 ELSEWHERE = {
+    "blocks": "twin-dit",
+    "network": "twin-dit",
+    "split": "twin-dit",
     "modalities": "gmm-joint",
     "operator": "gmm-inverse",
     "reward": "gmm-reward-flow",
@@ -77,6 +82,8 @@ def _pairs() -> list[tuple[str, str]]:
 
 @lru_cache
 def _setup(suite_name: str) -> sampling.Setup:
+    if suite_name == "twin-dit":  # a network with an inside; small and of random weights
+        return twins.setup("dit", "dit-small")
     return sampling.build(small_suite(suite_name))
 
 

@@ -16,7 +16,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
-FOLDERS = {"evalbench": "evalbench", "methods": "evalbench/methods", "suites": "evalbench/suites"}
+FOLDERS = {
+    "evalbench": "evalbench",
+    "methods": "evalbench/methods",
+    "suites": "evalbench/suites",
+    "results/published": "evalbench/published_tables",
+}
 NOT_INSTALLED = {"__pycache__", ".ruff_cache", ".mypy_cache", ".pytest_cache", ".ipynb_checkpoints"}
 
 

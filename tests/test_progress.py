@@ -51,3 +51,32 @@ def test_the_bar_covers_all_phases() -> None:
         bar.landed("quality", 50, 10, 1.5)
         assert bar.eta == pytest.approx((160 * 0.01 + 10 * 0.1) + 100 * 0.01)
         bar.note("[red]not markup[/red]")
+
+
+def test_plain_lines_where_there_is_no_terminal() -> None:
+    said = io.StringIO()
+    with ProgressBar(Console(file=said, width=80)) as bar:
+        bar.planned("quality", forwards=40, samples=8, workers=1)
+        bar.cells(0, 2, 0)
+        for _ in range(3):
+            bar.landed("quality", 10, 2, 0.1)  # no line for each
+        bar.cells(1, 2, 1)
+        bar.cells(1, 2, 1)
+    lines = said.getvalue().splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith("starting: 0%, 0 of 2 cells")
+    assert lines[1].startswith("quality: 75%, 1 of 2 cells, 1 error, ")
+    assert "chunks/s" in lines[1]
+
+
+def test_a_terminal_sees_cells_speed_and_what_each_worker_does() -> None:
+    said = io.StringIO()
+    with ProgressBar(Console(file=said, width=100, force_terminal=True)) as bar:
+        bar.planned("quality", forwards=40, samples=8, workers=12)
+        bar.cells(1, 3, 0)
+        bar.workers({f"worker {i}": "ddim at NFE 5" for i in range(12)})
+        bar.landed("quality", 10, 2, 0.1)
+    shown = said.getvalue()
+    for part in ("quality", "25%", "1 of 3 cells", "worker 0: ddim at NFE 5", "worker 7", "and 4 more"):
+        assert part in shown
+    assert "worker 8" not in shown

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from support import small_suite
 
-from evalbench.reduce import reduce_counts
+from evalbench.reduce import reduce_cell
 from evalbench.spec import Chunk
 from evalbench.store import open_run
 from evalbench.worker import _column, _names
@@ -18,7 +18,7 @@ def test_a_count_that_some_chunks_lack_is_zero_there(tmp_path: Path) -> None:
     with open_run(tmp_path / "r", small_suite(), {}) as store:
         store.write_chunk(chunks[0], {"count:nfe": np.array([4.0, 6.0])}, {})
         store.write_chunk(chunks[1], {"count:nfe": np.array([5.0, 5.0]), "count:aux.reward": np.ones(2)}, {})
-        counts = reduce_counts(store, chunks)
+        counts = reduce_cell(store, chunks, None, [], lambda _: None).counts
     assert counts["nfe"] == 5.0
     assert counts["aux.reward"] == 0.5
 
@@ -27,7 +27,7 @@ def test_a_missing_count_is_left_out_and_never_zero(tmp_path: Path) -> None:
     chunk = Chunk("c", 0, 2)
     with open_run(tmp_path / "r", small_suite(), {}) as store:
         store.write_chunk(chunk, {"count:nfe": np.ones(2), "count:flops": np.array([1.0, np.nan])}, {})
-        assert "flops" not in reduce_counts(store, [chunk])
+        assert "flops" not in reduce_cell(store, [chunk], None, [], lambda _: None).counts
 
 
 def test_batches_of_a_chunk_may_differ_in_their_counts() -> None:

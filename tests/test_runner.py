@@ -106,7 +106,8 @@ def test_misbehaving_methods_become_rows_and_the_rest_is_complete(tmp_path: Path
     }
     messages = {name: row.failure.message for name, row in rows.items() if row.failure}
     assert messages["raises"] == "the method broke"
-    assert messages["nan"] == "32 of 32 samples hold NaN or infinity"
+    first = "(samples 0, 1, 2, 3, 4, 5, 6, 7, ... (24 more))"
+    assert messages["nan"] == f"32 of 32 samples hold NaN or infinity {first}"
     assert messages["wrong-shape"] == "wrong-shape returned (31, 8), expected a tensor of shape (32, 8)"
     assert messages["overspends"] == "budget 5, spent 6"
     assert messages["needs-split"] == "not supported: needs split"
@@ -114,6 +115,47 @@ def test_misbehaving_methods_become_rows_and_the_rest_is_complete(tmp_path: Path
     assert len([job for job in computed.jobs if job.cell.method == "raises"]) == 1, "stops at the first failure"
     assert runner.needs_attention(records)
     assert rows["ddim"].metrics["paired-median@identity"].value > 0
+
+
+POISONED = """
+from dataclasses import dataclass
+import torch
+from evalbench.interfaces import Solver
+from evalbench.registry import register
+
+class Poisoned(Solver):
+    def sample(self, denoiser, x_T, cond, nfe, noise):
+        return self.spoil(x_T.clamp(-1, 1), noise.samples)
+
+@register("same-in-every-batch")
+class SameInEveryBatch(Poisoned):
+    def spoil(self, x, samples):
+        return torch.rand(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
+
+@register("one-grey")
+class OneGrey(Poisoned):
+    def spoil(self, x, samples):
+        x[[i for i, sample in enumerate(samples) if sample == 37]] = 0.5
+        return x
+
+@register("bytes")
+class Bytes(Poisoned):
+    def spoil(self, x, samples):
+        return (x + 1) * 127.5
+"""
+
+
+def test_poisoned_images_are_error_rows_that_name_the_samples(tmp_path: Path) -> None:
+    """By their index in the cell, also where two batches or chunks must be seen together."""
+    suite = small_suite("fashion-mixture", samples=96, batch=32, chunk=64).model_copy(update={"solution": None})
+    methods = ["same-in-every-batch", "one-grey", "bytes"]
+    wanted = request(suite, methods, metrics=("kid@fashion64",), plugins={"poisoned.py": POISONED})
+    records, _ = run_serial(wanted, tmp_path)
+    messages = {record.cell.method: record.failure.message for record in records if record.failure}
+    assert messages["same-in-every-batch"] == "sample 32 is a copy of sample 0"
+    assert messages["one-grey"] == "1 of 32 images are constant (samples 37)"
+    assert messages["bytes"].startswith("32 of 32 samples are out of range: root mean square above 3")
+    assert [record.status for record in records] == ["error"] * 3
 
 
 def test_errors_are_tried_again_and_unsupported_pairs_are_not(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from evalbench.reference_files import (
     verify_reference,
 )
 from evalbench.registry import extractor_fingerprint
+from evalbench.sample_plan import read_plan
 from evalbench.score import score_command, score_images
 
 N = 40
@@ -192,7 +193,7 @@ def test_a_changed_export_is_noticed(run):
     with pytest.raises(UserError, match=r"is not what its manifest\.json says"):
         pixels(exported)
     (exported / "000008.png").unlink()
-    with pytest.raises(UserError, match=r"holds 191 images, its manifest\.json says 192"):
+    with pytest.raises(UserError, match=r"holds 191 images, its manifest\.json says 192 \(missing: 000008\)$"):
         pixels(exported)
 
 
@@ -312,7 +313,7 @@ def test_poisoned_images_are_named(tmp_path):
         score_images(images, reference=DRAWS, metrics=["kid@fashion64"])
     images = pictures(8)
     images[4:] = images[:4]
-    with pytest.raises(UserError, match=r"4 of 8 images are copies of others \(000004, 000005, 000006, \.\.\.\)"):
+    with pytest.raises(UserError, match=r"4 of 8 images are copies of others \(000004, 000005, 000006, 000007\)"):
         score_images(images, reference=DRAWS, metrics=["kid@fashion64"])
 
 
@@ -377,6 +378,12 @@ def test_statistics_of_other_tools_are_of_unknown_provenance(tmp_path, dtype, so
     assert result.protocol["references"]["fashion64"]["facts"] == {}
     with pytest.raises(UserError, match="needs single samples"):
         score_images(sources["npz"], reference=file, metrics=["kid@fashion64"])
+    spatial = read_reference(file, spatial=True)  # what sFID refers to
+    assert np.array_equal(spatial.arrays["mean"], mean[:3])
+    assert np.array_equal(spatial.arrays["cov"], cov[:3, :3])
+    npz_of(tmp_path / "clean.npz", mu=mean, sigma=cov)
+    with pytest.raises(UserError, match="holds mu, sigma; statistics stand under 'mu_s' and 'sigma_s'"):
+        read_reference(tmp_path / "clean.npz", spatial=True)
     npz_of(file, mu=np.zeros(2048), sigma=np.eye(2048))
     with pytest.raises(UserError, match="has 2048 dimensions, features 'fashion64' of these images have 64"):
         score_images(sources["npz"], reference=file, metrics=["fd@fashion64"], allow_small_n=True)
@@ -464,6 +471,82 @@ def test_a_broken_reference_file_is_named(tmp_path):
         make_reference(pictures(), "fashion64", tmp_path / "r.safetensors", keep=-1)
     with pytest.raises(UserError, match="not found; create it first"):
         make_reference(pictures(), "fashion64", tmp_path / "no" / "r.safetensors")
+
+
+# --- plans ----------------------------------------------------------------------------------------------------------
+
+
+def planned(images, plan, labels=None):
+    return score_images(images, reference=None, metrics=["vendi@fashion64"], labels=labels, plan=plan)
+
+
+def test_images_that_keep_to_the_plan_are_scored(tmp_path):
+    images = folder_of(tmp_path / "made", pictures(), [f"{i}.png" for i in range(N)])
+    (tmp_path / "plan.tsv").write_text("".join(f"{i}.png\t{i % 10}\n" for i in range(N)))
+    names = sorted(f"{i}.png" for i in range(N))
+    labels = [int(name.split(".")[0]) % 10 for name in names]
+    for plan in (read_plan(str(tmp_path / "plan.tsv")), read_plan("balanced:10")):
+        assert planned(images, plan, labels).n == N
+    (tmp_path / "ids.txt").write_text("".join(f"{i}\n" for i in range(N)))
+    (tmp_path / "plan.json").write_text(json.dumps({f"{i}": i % 10 for i in range(N)}))
+    assert planned(images, read_plan(str(tmp_path / "ids.txt"))).n == N
+    assert planned(images, read_plan(str(tmp_path / "plan.json")), labels).n == N
+
+
+def test_what_differs_from_the_plan_is_named(tmp_path):
+    kept = (0, 1, 2, 3, 4, 5, 6, 9, *range(10, 40))
+    images = folder_of(tmp_path / "made", pictures(len(kept)), [f"{i:02d}.png" for i in kept])
+    (tmp_path / "plan.tsv").write_text("".join(f"{i:02d}\t{i % 2}\n" for i in range(40) if i != 9))
+    message = "made' holds 38 images, planned are 39: 2 missing (07, 08), 1 not planned (09.png)"
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
+        planned(images, read_plan(str(tmp_path / "plan.tsv")))
+    assert caught.value.exit_code == 2
+    (tmp_path / "plan.tsv").write_text("".join(f"{i:02d}\t{i % 2}\n" for i in kept))
+    plan, labels = read_plan(str(tmp_path / "plan.tsv")), [i % 2 for i in kept]
+    labels[2] = labels[4] = 1
+    message = "2 images have another class than planned (02.png has 1, not 0, 04.png has 1, not 0)"
+    with pytest.raises(UserError, match=re.escape(message)):
+        planned(images, plan, labels)
+
+
+def test_a_wrong_label_histogram_is_named():
+    labels = [0, 1, 2, 3] * 10
+    assert planned(pictures(), read_plan("balanced:4"), labels).n == N
+    labels[:5] = [3] * 5
+    message = "4 classes are not equally often among 40 images: class 3 14 times (000000, 000001, "
+    with pytest.raises(UserError, match=re.escape(message)):
+        planned(pictures(), read_plan("balanced:4"), labels)
+    with pytest.raises(UserError, match=r"classes are 0 to 2, but 000000 has 3, 000001 has 3, "):
+        planned(pictures(), read_plan("balanced:3"), labels)
+    with pytest.raises(UserError, match=r"--plan balanced:4 needs the class of each image; give --labels FILE"):
+        planned(pictures(), read_plan("balanced:4"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("balanced:x", "--plan balanced:x: write balanced:10 for ten classes equally often, or a file"),
+        ("{tmp}/none.tsv", "--plan '{tmp}/none.tsv': [Errno 2]"),
+        ("{tmp}/bad.tsv", "--plan '{tmp}/bad.tsv': invalid literal for int() with base 10: 'shoe'; write lines id or"),
+        ("{tmp}/twice.tsv", "--plan '{tmp}/twice.tsv': an image id stands there twice"),
+    ],
+)
+def test_bad_plans_are_named(tmp_path, text, message):
+    (tmp_path / "bad.tsv").write_text("a\tshoe\n")
+    (tmp_path / "twice.tsv").write_text("a.png\t1\na\t2\n")
+    with pytest.raises(UserError, match="^" + re.escape(message.replace("{tmp}", str(tmp_path)))):
+        read_plan(text.replace("{tmp}", str(tmp_path)))
+
+
+def test_classes_of_an_adm_npz_are_its_labels(tmp_path):
+    labels = np.arange(N) % 10
+    file = npz_of(tmp_path / "adm.npz", arr_0=pictures(), arr_1=labels)
+    metrics = ["accuracy@fashion-classifier"]
+    expected = score_images(pictures(), reference=None, metrics=metrics, labels=labels.tolist())
+    assert score_images(file, reference=None, metrics=metrics).scores == expected.scores
+    other = npz_of(tmp_path / "other.npz", arr_0=pictures(), arr_1=np.zeros((N, 3)))
+    with pytest.raises(UserError, match="needs the class of each image"):
+        score_images(other, reference=None, metrics=metrics)
 
 
 # --- commands -------------------------------------------------------------------------------------------------------

@@ -50,6 +50,16 @@ def test_extends_merges_table_by_table() -> None:
     assert sharp.metrics == base.metrics
 
 
+def test_extends_replaces_a_floor_of_the_same_metric_size_and_kind() -> None:
+    def floors(name: str) -> dict[tuple[str, int, str], float]:
+        return {(f.metric, f.samples, f.what): f.value for f in load_suite(name).floors}
+
+    base, flow = floors("fashion-sd"), floors("fashion-flow")
+    own = ("fd_to_converged@fashion64", 1024, "floor")  # to samples of its own network
+    assert set(base) == set(flow)
+    assert [key for key in base if base[key] != flow[key]] == [own]
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [

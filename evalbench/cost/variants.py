@@ -108,6 +108,7 @@ class Variant:
             predict = _Replayed(predict)
         executed = copy.copy(model)
         object.__setattr__(executed, "predict", _Executed(self, predict))  # models may be frozen
+        object.__setattr__(executed, "predict_eager", _Executed(self, model.predict))
         return executed
 
     def kernel(self) -> AbstractContextManager[None]:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _DRAWS = 256  # exact draws per measurement that the energy distance refers to
 _SHIFTS = 8  # pairs (k, k + 1), ..., (k, k + 8) of them for their own mean distance
-_FACTS = 6  # columns before z
+FACTS = 6  # columns before z
 
 
 class _Posterior(Protocol):
@@ -131,7 +131,7 @@ class PosteriorMetric(Metric[Rows]):
 
     def update(self, parts: Parts) -> Rows:
         rows = rows_of(self.id, parts, self.arg)
-        if rows.shape[1] <= _FACTS:
+        if rows.shape[1] <= FACTS:
             raise UserError(f"metric '{self.id}' reads the features 'posterior'; write {self.name}@posterior")
         return Rows((rows,))
 
@@ -140,8 +140,8 @@ class PosteriorMetric(Metric[Rows]):
 
     def compute(self, state: Rows, reference: Parts | None, *, allow_small_n: bool = False) -> Value:
         table = state.joined()
-        key, square, risk, signal, chi2, distance = table[:, :_FACTS].T
-        rows = PosteriorRows(key, square, risk, signal, chi2, distance, table[:, _FACTS:])
+        key, square, risk, signal, chi2, distance = table[:, :FACTS].T
+        rows = PosteriorRows(key, square, risk, signal, chi2, distance, table[:, FACTS:])
         found = self.grouped(rows)
         if not len(found.values):
             raise UserError(f"metric '{self.id}' needs measurements with at least 2 samples; raise --samples")

@@ -75,7 +75,7 @@ class PairTV(RowsMetric):
         if tokens.min() < 0 or tokens.shape[1] < 2:
             raise EvalbenchError(f"metric '{self.id}': '{self.arg}' must give two or more symbols 0, 1, ... per sample")
         check_reference(self.id, self.reference_key, exact, max(len(exact), int(tokens.max()) + 1))
-        shares = _pairs(tokens, len(exact))
+        shares = pair_shares(tokens, len(exact))
         gap = shares.mean(0) - exact.ravel()
         value = float(np.abs(gap).sum() / 2)
         # delta method, as for mode-coverage, but the pairs of a sample come together
@@ -85,7 +85,7 @@ class PairTV(RowsMetric):
         return Value(value, n, se, max(0.0, interval.low), min(1.0, interval.high))
 
 
-def _pairs(tokens: np.ndarray, symbols: int) -> np.ndarray:
+def pair_shares(tokens: np.ndarray, symbols: int) -> np.ndarray:
     """Share of each pair of neighbours (a, b) in a sample, (N, V^2)."""
     n, length = tokens.shape
     codes = tokens[:, :-1] * symbols + tokens[:, 1:] + symbols**2 * np.arange(n)[:, None]

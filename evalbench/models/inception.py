@@ -218,7 +218,7 @@ class Scripted(nn.Module):
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """`pool` (B, 2048)."""
-        pool: torch.Tensor = self.layers(x)
+        pool: torch.Tensor = self.layers(x.contiguous(memory_format=torch.channels_last))  # a third faster on a CPU
         return {"pool": pool.flatten(1)}
 
 

@@ -1,4 +1,4 @@
-"""Networks of the diffusers library as models, by id or by a folder that its `save_pretrained` wrote.
+"""Networks of the diffusers library as models: a folder as diffusers' `save_pretrained` writes it, or an id.
 
 Path, prediction type, time convention, scale of the latents and size of a sample are read from the folder's own
 configuration. Which network stands in the folder decides how it is called:
@@ -24,7 +24,8 @@ from typing import Any, ClassVar
 import torch
 
 from evalbench.errors import Unsupported, UserError, unknown
-from evalbench.interfaces import Cond, Model, Time, Want
+from evalbench.interfaces import Blocks, Cond, Model, Time, Want
+from evalbench.models.blocks import blocks_of, depth_of, has_blocks
 from evalbench.paths import EDM, Flow, VPDiscrete
 from evalbench.paths import Path as NoisePath
 from evalbench.registry import register
@@ -407,7 +408,9 @@ class DiffusersPipeline(Model):
         self.shape = self.network.shape
         self.num_classes = self.network.classes
         self.reads_texts = isinstance(self.network, TextNetwork)
-        self.provides = frozenset({"labels", "gradient"} if self.network.has_null else {"gradient"})
+        inside = {"blocks", "split"} if has_blocks(str(self.network.config["_class_name"])) else set()
+        null = {"labels"} if self.network.has_null else set()
+        self.provides = frozenset({"gradient", "network"} | inside | null)
         self._vae_part = next((part for part in ("vae", "vqvae") if self._folder.has(part)), "")
         self._vae_config = self._folder.config(self._vae_part) if self._vae_part else None
         self._vae: Any = None
@@ -428,6 +431,13 @@ class DiffusersPipeline(Model):
     @property
     def path(self) -> NoisePath:
         return self._path
+
+    def depth(self) -> int:
+        return depth_of(self.network.config)
+
+    @property
+    def blocks(self) -> Blocks:
+        return blocks_of(self.network.net)
 
     def check(self) -> None:
         if not self.sha256:

@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from evalbench.report.latency import Section, section
+from evalbench.report.published import published_tables
 from evalbench.report.styles import Drawn
 from evalbench.report.tables import Shown, Table
 from evalbench.report.text import MISSING, count, number
@@ -43,6 +44,7 @@ class Content:
         blocks: comparable rows. primary, full: one table per block. notes: footnotes per block; general_notes: for all.
         latency: None without latencies. troubles: what has no value, and why.
         protocol: fact -> text. figures: on disk. grids: (heading, PNG).
+        published: numbers from papers beside ours, one table per block that has any.
     """
 
     suite: Suite
@@ -60,6 +62,7 @@ class Content:
     environments: tuple[tuple[str, Mapping[str, str]], ...]
     figures: tuple[Drawn, ...] = ()
     grids: tuple[tuple[str, Path], ...] = ()
+    published: tuple[Table, ...] = ()
 
 
 def gather(
@@ -91,6 +94,7 @@ def gather(
         environments=tuple((f"{n} records", flat(facts)) for facts, n in environments(records)),
         figures=tuple(figures),
         grids=tuple(grids),
+        published=published_tables(found),
     )
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from evalbench.report import published
 from evalbench.report.content import Content
 from evalbench.report.leaderboard import Board
 from evalbench.report.samples import Apart, Slides
@@ -46,7 +47,14 @@ def render(content: Content, board: Board, pictures: Pictures) -> str:
     figures = {figure.name: figure for figure in content.figures}
     template = environment.get_template("report.html.j2")
     return template.render(
-        c=content, board=board, pictures=pictures, figures=figures, references=references, asset=_asset
+        c=content,
+        board=board,
+        pictures=pictures,
+        figures=figures,
+        references=references,
+        published_heading=published.HEADING,
+        published_notes=published.NOTES,
+        asset=_asset,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from evalbench.report import published
 from evalbench.report.content import Content
 from evalbench.report.tables import Shown, Table
 from evalbench.report.text import md, md_name, md_table
@@ -19,6 +20,7 @@ def render(content: Content, folder: Path) -> str:
         f"{md(suite.summary)}\n",
         "".join(f"- **{md(key)}**: {md(value)}\n" for key, value in content.headline),
         *_results(content),
+        *_published(content),
         *_pictures(content, folder),
         *_latency(content),
         *_troubles(content.troubles),
@@ -53,6 +55,12 @@ def _results(content: Content) -> list[str]:
     if not content.blocks:
         return [*parts, "No cell has a record yet.\n"]
     return [*parts, "".join(f"- {md(note)}\n" for note in content.general_notes)]
+
+
+def _published(content: Content) -> list[str]:
+    if not content.published:
+        return []
+    return [f"## {md(published.HEADING)}\n", _notes(published.NOTES), *map(table, content.published)]
 
 
 def _pictures(content: Content, folder: Path) -> list[str]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
-from evalbench.report.text import md, md_name, md_table, number, plus_minus
+from evalbench.report.text import md, md_name, md_table, number, plus_minus, significant
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from evalbench.compare import Comparison, Effect, FastComparison, Sameness, Verdict
 
 _NOTHING = "No cell in common: nothing was compared."
+_CONTROLS = {"holm": "Holm", "bh": "Benjamini-Hochberg"}
 _STYLES = {"worse": "bold red", "better": "green", "undecided": "yellow", "not comparable": "magenta"}
 _HEADER = ("cell", "metric", "verdict", "remarks", "base", "new", "difference", "tolerance", "80 % power at")
 
@@ -34,11 +35,16 @@ def remarks(v: Verdict) -> str:
     """Why, at which N it would be decided, and what must be known beside it."""
     parts = [v.reason] if v.reason else []
     if v.word == "undecided":
-        decided = (
-            f"N = {v.samples_to_decide:,} would decide" if v.samples_to_decide else "at the tolerance: no N decides"
-        )
-        parts.append(decided)
+        parts.append(_what_decides(v))
     return _printable("; ".join([*parts, *v.notes]))
+
+
+def _what_decides(v: Verdict) -> str:
+    if not v.samples_to_decide:
+        return "at the tolerance: no N decides"
+    if v.effect and v.effect.relative:
+        return f"{v.samples_to_decide:,} processes would decide"
+    return f"N = {v.samples_to_decide:,} would decide"
 
 
 def _printable(text: str) -> str:
@@ -47,7 +53,17 @@ def _printable(text: str) -> str:
 
 
 def _difference(effect: Effect) -> str:
+    if effect.relative:
+        value, low, high = (math.exp(x) for x in (effect.difference, effect.low, effect.high))
+        return f"× {significant(value)} ({significant(low)} to {significant(high)})"
     return plus_minus(effect.difference, effect.half)
+
+
+def _size(effect: Effect, size: float | None) -> str:
+    """A tolerance or a smallest effect as it stands beside the difference."""
+    if effect.relative and size is not None:
+        return f"× {significant(math.exp(size))}"
+    return number(size)
 
 
 def _row(v: Verdict) -> list[str]:
@@ -55,7 +71,7 @@ def _row(v: Verdict) -> list[str]:
     if v.effect is None:
         return [*words, "", "", "", "", ""]
     e = v.effect
-    return [*words, number(e.base), number(e.new), _difference(e), number(e.tolerance), number(v.detectable)]
+    return [*words, number(e.base), number(e.new), _difference(e), _size(e, e.tolerance), _size(e, v.detectable)]
 
 
 # --- Markdown -------------------------------------------------------------------------------------------------------
@@ -82,8 +98,13 @@ def to_markdown(found: Comparison) -> str:
 
 def _legend(found: Comparison) -> str:
     statistics = sorted({f"{v.metric}: {v.effect.statistic}" for v in found.verdicts if v.effect})
+    timed = []
+    if any(v.effect and v.effect.relative for v in found.verdicts):
+        timed = ["Of timings it is the ratio new / base with its interval; base and new are ms per call."]
     lines = [
         "base and new are table values; the difference is new - base ± half of its 95 % interval.",
+        *timed,
+        f"Error control over the cells: {_CONTROLS[found.control]}.",
         *statistics,
     ]
     return "".join(f"- {md(line)}\n" for line in lines)
@@ -98,6 +119,7 @@ def to_json(found: Comparison, *, strict: bool = False) -> str:
         "schema": 1,
         "base": found.base,
         "new": found.new,
+        "control": found.control,
         "counts": found.counts,
         "exit_code": found.exit_code(strict=strict),
         "cells": [_verdict(v) for v in found.verdicts],
@@ -162,7 +184,7 @@ def _case(v: Verdict, *, strict: bool) -> ElementTree.Element:
 
 
 def _sentence(v: Verdict) -> str:
-    return f"difference {_difference(v.effect)}, tolerance {number(v.effect.tolerance)}" if v.effect else ""
+    return f"difference {_difference(v.effect)}, tolerance {_size(v.effect, v.effect.tolerance)}" if v.effect else ""
 
 
 # --- the fast gate --------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 
@@ -80,10 +81,13 @@ def test_weights_are_parameters_and_buffers_and_shared_ones_count_once() -> None
 @pytest.mark.gpu
 def test_a_gpu_says_what_it_allocated_and_reserved() -> None:
     device = torch.device("cuda")
+    gc.collect()
+    torch.cuda.empty_cache()
+    held = torch.cuda.memory_reserved(device)  # graphs of other tests keep theirs
     weights = torch.ones(16 * MB, dtype=torch.uint8, device=device)
     torch.ones(256 * MB, dtype=torch.uint8, device=device)  # an earlier cell, freed
     found = measured(lambda: torch.ones(64 * MB, dtype=torch.uint8, device=device), device, weights.nbytes)
     assert found.before >= 16 * MB
     assert found.peak == found.before + 64 * MB
-    assert found.peak <= found.reserved < found.before + 128 * MB
+    assert found.peak <= found.reserved < held + 128 * MB
     assert found.weights == 16 * MB

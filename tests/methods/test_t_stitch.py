@@ -129,3 +129,23 @@ def test_the_small_model_is_the_exact_denoiser_of_its_gaussian() -> None:
     gain = alpha * cov @ np.linalg.inv(alpha**2 * cov + sigma**2 * np.eye(5))
     expected = mean + (x.numpy() - alpha * mean) @ gain.T
     np.testing.assert_allclose(model.predict(x, 0.5, alpha, sigma, None).numpy(), expected, rtol=1e-10)
+
+
+def test_several_models_follow_each_other_by_cumulative_shares() -> None:
+    setup = sampling.build(load_suite("gmm-smooth").override(batch=2))
+    roles = {"small": setup.model, "medium": setup.model}
+    door = sampling.NetworkDoor(setup.model, setup.path, "time", roles=roles)
+    door.ledger = Ledger(2)
+    chain = registry.build_method("ddim+t-stitch(r=0.2,then=medium:0.3)")
+    assert chain.requires == {"role small", "role medium"}
+    x = setup.model.start(sampling.NoiseSource(0, range(2), (8,), torch.float64), setup.path)
+    chain.solver.sample(chain.wraps[0].wrap(door), x, Cond(torch.zeros(2, dtype=torch.int64)), 10, None)
+    counts = {role: rows[0] for role, rows in door.ledger.evals.items()}
+    assert counts == {"small": 2, "medium": 3, "base": 5}
+
+
+@pytest.mark.parametrize("then", ["medium", "medium:x", "medium:1.5", ":0.2", "medium:0.9"])
+def test_shares_that_mean_nothing_are_refused(then: str) -> None:
+    with pytest.raises(UserError, match="t-stitch: ") as error:
+        registry.build_method(f"ddim+t-stitch(r=0.4,then={then})")
+    assert "\n" not in str(error.value)

@@ -220,7 +220,7 @@ def test_bias_estimate_halves_when_the_sample_doubles():
 
 @pytest.mark.parametrize(("dims", "n", "shift", "sd"), [(8, 400, 0.3, 1.2), (16, 400, 0.1, 0.8), (4, 200, 1, 1)])
 def test_interval_covers_the_expected_plug_in_value(dims, n, shift, sd):
-    values = repeated(dims, n, 400, shift=shift, sd=sd)
+    values = repeated(dims, n, 500, shift=shift, sd=sd)
     expected = np.mean([v.value for v in values])
     assert 0.92 <= np.mean([v.low <= expected <= v.high for v in values]) <= 0.975
     spread = np.std([v.value for v in values], ddof=1)

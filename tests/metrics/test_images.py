@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -53,29 +55,45 @@ def test_samples_that_round_to_one_image_are_no_duplicates(samples):
     images = to_uint8(samples)
     images[1] = images[0]
     check_images(images, samples)
-    with pytest.raises(BadSamples, match=r"^1 of 6 samples are duplicates$"):
+    with pytest.raises(BadSamples, match=r"^2 of 6 samples are duplicates of each other \(samples 0, 1\)$"):
         check_images(images)
 
 
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda x: x[2, 0, 0].fill_(torch.nan), "^1 of 6 samples hold NaN or infinity$"),
-        (lambda x: x[3:5, 0, 0, 0].fill_(torch.inf), "^2 of 6 samples hold NaN or infinity$"),
-        (lambda x: x[4].fill_(0.3), "^1 of 6 images are constant$"),
-        (lambda x: x[1].fill_(-7), "^1 of 6 images are constant$"),
-        (lambda x: x[5].copy_(x[0]), "^1 of 6 samples are duplicates$"),
+        (lambda x: x[2, 0, 0].fill_(torch.nan), "1 of 6 samples hold NaN or infinity (samples 42)"),
+        (lambda x: x[3:5, 0, 0, 0].fill_(torch.inf), "2 of 6 samples hold NaN or infinity (samples 43, 44)"),
+        (lambda x: x[4].fill_(0.3), "1 of 6 images are constant (samples 44)"),
+        (lambda x: x[1].fill_(-2), "1 of 6 images are constant (samples 41)"),
+        (lambda x: x[5].copy_(x[0]), "2 of 6 samples are duplicates of each other (samples 40, 45)"),
+        (
+            lambda x: x[1].mul_(255),
+            "1 of 6 samples are out of range: root mean square above 3, where images lie in [-1, 1] (samples 41)",
+        ),
     ],
 )
-def test_bad_samples_are_errors(samples, spoil, message):
+def test_bad_samples_are_errors_that_name_them(samples, spoil, message):
     spoil(samples)
-    with pytest.raises(BadSamples, match=message):
-        check_images(to_uint8(samples), samples)
+    with pytest.raises(BadSamples, match=f"^{re.escape(message)}$"):
+        check_images(to_uint8(samples), samples, decoded=samples, ids=range(40, 46))
+
+
+def test_overshoot_is_no_other_range(samples):
+    samples[0, 0, 0] = 5.0
+    samples[1] *= 2
+    check_images(to_uint8(samples), samples, decoded=samples)
+
+
+def test_long_lists_of_ids_are_cut(samples):
+    many = samples.repeat(5, 1, 1, 1)
+    with pytest.raises(BadSamples, match=r"\(samples 0, 1, 2, 3, 4, 5, 6, 7, \.\.\. \(22 more\)\)$"):
+        check_images(to_uint8(many), many)
 
 
 def test_wrong_sizes_are_errors(samples):
     images = to_uint8(samples)
-    with pytest.raises(BadSamples, match=r"^images have size \(3, 4, 4\), expected \(1, 4, 4\)$"):
+    with pytest.raises(BadSamples, match=r"^images have size \(3, 4, 4\), expected \(1, 4, 4\) \(samples 0, 1, 2, "):
         check_images(images, shape=(1, 4, 4))
     with pytest.raises(BadSamples, match=r"^5 samples were made into 6 images$"):
         check_images(images, samples[:5])

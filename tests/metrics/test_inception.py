@@ -8,14 +8,14 @@ from __future__ import annotations
 import re
 from types import SimpleNamespace
 
-import inception_weights
+import _inception_weights
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from evalbench import weights
+from evalbench import score, weights
 from evalbench.errors import UserError
 from evalbench.interfaces import Cond, SampleBatch
 from evalbench.metrics import inception
@@ -38,14 +38,14 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cache")
-    inception_weights.install(folder)
+    _inception_weights.install(folder)
     return folder
 
 
 @pytest.fixture
 def installed(cache, monkeypatch):
     monkeypatch.setenv("EVALBENCH_CACHE", str(cache))
-    monkeypatch.setattr(weights, "KNOWN", inception_weights.pinned(cache))
+    monkeypatch.setattr(weights, "KNOWN", _inception_weights.pinned(cache))
     monkeypatch.setattr(inception, "BATCH", 2)  # time: short batches are filled
     return cache
 
@@ -70,7 +70,7 @@ def theirs(recipe, images, cache, tmp_path):
         network = lambda x: layers((x - 128) / 128)  # noqa: E731 - the scaling of its InceptionV3W
         return get_folder_features(str(tmp_path), network, num_workers=0, device=torch.device("cpu"), verbose=False)
     if recipe == "pytorch":
-        network = inception_weights.pytorch_fid_network()
+        network = _inception_weights.pytorch_fid_network()
         with torch.no_grad():
             found = network(torch.from_numpy(images).permute(0, 3, 1, 2) / 255)[0]
         return found.flatten(1).numpy()
@@ -260,6 +260,28 @@ def test_scores_by_recipe(installed):
     features = [build_extractor("inception:adm")(batch(np.stack(images))).numpy() for images in (made, real)]
     a, b = (moments(x).gaussian() for x in features)
     assert result["fid@adm"].value == pytest.approx(frechet_distance(a, b), rel=1e-9)
+
+
+def test_an_adm_npz_with_images_and_statistics(installed, tmp_path):
+    """Frechet distances refer to its statistics, pooled or spatial, and kernel distances to its images."""
+    real, made = pictures(4, (32, 32)), list(pictures(4, (32, 32), seed=1))
+    rng = np.random.default_rng(2)
+    stats = {"mu": rng.random(2048), "sigma": np.eye(2048), "mu_s": rng.random(2023), "sigma_s": np.eye(2023)}
+    np.savez(tmp_path / "adm.npz", arr_0=real, **stats)
+    metrics, extract = ["fid@adm", "sfid@adm", "kid@inception:adm"], build_extractor("inception:adm")
+    wanted = [build_metric(metric) for metric in metrics]
+    extractors = {"inception:adm": extract, "inception:adm:spatial": build_extractor("inception:adm:spatial")}
+    found = score._references(tmp_path / "adm.npz", wanted, extractors)
+    assert np.array_equal(found["inception:adm"].arrays["mean"], stats["mu"])
+    assert np.array_equal(found["inception:adm:spatial"].arrays["mean"], stats["mu_s"])
+    assert found["inception:adm:spatial"].notes == ("provenance unknown",)
+    assert np.array_equal(found["inception:adm"].arrays["features"], extract(batch(real)).numpy())
+    np.savez(tmp_path / "stats.npz", **stats)
+    both = score._references(tmp_path / "stats.npz", wanted[:2], extractors)
+    assert np.array_equal(both["inception:adm:spatial"].arrays["mean"], stats["mu_s"])
+    assert np.array_equal(both["inception:adm"].arrays["mean"], stats["mu"])
+    with pytest.raises(UserError, match="needs single samples"):
+        score_images(made, reference=tmp_path / "stats.npz", metrics=["kid@inception:adm"])
 
 
 def test_inception_score_is_torch_fidelitys():

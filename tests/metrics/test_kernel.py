@@ -75,6 +75,22 @@ def test_is_the_expectation_of_clean_fids_random_subsets(two_sets):
     assert error < 0.02 * full
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_agrees_with_torch_fidelity_on_the_same_subsets(two_sets):
+    import torch
+    from torch_fidelity.metric_kid import kid_features_to_metric
+
+    x, y = two_sets
+    options = {"kid_subsets": 20, "kid_subset_size": 60, "rng_seed": 2020, "verbose": False}
+    theirs = kid_features_to_metric(torch.from_numpy(x), torch.from_numpy(y), **options)
+    state, ours = np.random.RandomState(2020), []
+    for _ in range(20):
+        a, b = (rows[state.choice(len(rows), 60, replace=False)] for rows in (x, y))
+        ours.append(mmd2(a, b).value)
+    assert np.mean(ours) == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-10)
+    assert np.std(ours) == pytest.approx(theirs["kernel_inception_distance_std"], rel=1e-10)
+
+
 def test_is_unbiased_at_zero():
     """Unlike the estimate that keeps the diagonal."""
     rng = RNG(5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,11 @@ def short_run(data: tuple[torch.Tensor, torch.Tensor], folder: Path, stop: int =
     recipe = SMALL.recipe
     model = train_fashion_dit.network(SMALL)
     training = generative.Training(
-        model, lambda g: train_fashion_dit.v_loss(model, data, recipe, g, low=False), recipe, folder
+        model,
+        lambda g, _: train_fashion_dit.seen(data, recipe, g, low=False),
+        partial(train_fashion_dit.v_loss, model),
+        recipe,
+        folder,
     )
     training.run(save_every=stop, until=stop)
     return training
@@ -82,7 +87,7 @@ def test_a_checkpoint_of_another_recipe_is_not_gone_on_from(tmp_path):
     training = short_run(data, tmp_path, stop=2)
     other = generative.Recipe(**(vars(training.recipe) | {"batch": 8}))
     with pytest.raises(SystemExit, match="another recipe"):
-        generative.Training(training.network, training.loss, other, tmp_path).run()
+        generative.Training(training.network, training.draw, training.loss, other, tmp_path).run()
 
 
 def test_retraining_on_the_real_data_starts_on_the_curve_of_the_card(tmp_path):

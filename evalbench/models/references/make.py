@@ -1,7 +1,7 @@
 """Make the reference statistics that suites refer to: features of exact draws, of real images, of a fine solution.
 
     python -m evalbench.models.references.make draws fashion64
-    python -m evalbench.models.references.make converged fashion64 --suite fashion-dit --samples 3072
+    python -m evalbench.models.references.make converged fashion64 --suite fashion-dit --samples 10240 --floor 1024
     python -m evalbench.models.references.make images fashion64 --data FOLDER
     python -m evalbench.models.references.make draws efficientnet-lite0-96 --samples 10240 --packed
 
@@ -51,17 +51,17 @@ def draws(model: Model, samples: int) -> Batches:
         yield SampleBatch(x[rows], to_uint8(x[rows]), Cond(torch.from_numpy(labels[rows])), model)
 
 
-def converged(setup: Setup, samples: int) -> Batches:
+def converged(setup: Setup, samples: int, batch: int = BATCH) -> Batches:
     """The suite's fine solution from noise of its own: what every solver converges to on its model."""
     suite = setup.suite
     assert suite.solution is not None
     solution, guidance = suite.solution, suite.sampling.guidance
     chain = registry.build_method(solution.method)
     cell = make_cell(suite, solution.method, solution.nfe, guidance, CONVERGED_SEED)
-    for start in range(0, samples, BATCH):
-        indices = range(start, start + BATCH)
+    for start in range(0, samples, batch):
+        indices = range(start, start + batch)
         cond = conditions(suite, setup.model, indices, setup.device)
-        x = sample(setup, chain, cell, indices, cond, Ledger(BATCH, budget=cell.nfe))
+        x = sample(setup, chain, cell, indices, cond, Ledger(batch, budget=cell.nfe))
         yield SampleBatch(x, images_of(setup.model, x), cond, setup.model)
 
 
@@ -76,7 +76,7 @@ def real_images(model: Model, data: str) -> Batches:
 def features(batches: Batches, extract: Extractor) -> np.ndarray:
     """(N, D) float32."""
     with torch.no_grad():
-        return np.concatenate([extract(batch).numpy() for batch in batches]).astype(np.float32)
+        return np.concatenate([extract(batch).cpu().numpy() for batch in batches]).astype(np.float32)
 
 
 def statistics(values: np.ndarray, packed: bool, keep: int) -> dict[str, np.ndarray]:
@@ -96,6 +96,14 @@ def solution_text(suite: Suite) -> str:
     return f"{suite.solution.method} nfe={suite.solution.nfe} grid={suite.sampling.grid}{guidance}"
 
 
+def floor_table(metric: str, reference: np.ndarray, further: np.ndarray, repeats: int) -> str:
+    """The `[[floors]]` table of what further samples of the reference's own kind score, a share of them per repeat."""
+    known = moments(reference).gaussian()
+    found = [frechet_distance(moments(part).gaussian(), known) for part in np.split(further, repeats)]
+    facts = [f'metric = "{metric}"', f"samples = {len(further) // repeats}", 'what = "floor"']
+    return "\n".join(["[[floors]]", *facts, f"value = {np.mean(found):.4g}", f"sd = {np.std(found, ddof=1):.2g}"])
+
+
 def main() -> None:
     """Make one reference."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -104,11 +112,13 @@ def main() -> None:
     parser.add_argument("--suite", default="fashion-mixture", help="whose model, solution and guidance")
     parser.add_argument("--samples", type=int, default=SAMPLES, help="a multiple of 256")
     parser.add_argument("--floor", type=int, default=0, help="of converged: print what so many further samples score")
+    parser.add_argument("--repeats", type=int, default=8, help="of the floor, each from samples of its own")
+    parser.add_argument("--batch", type=int, default=BATCH, help="of converged: samples at a time, more for a GPU")
     parser.add_argument("--data", default=os.environ.get("EVALBENCH_DATA"), help="folder with the training idx files")
     parser.add_argument("--packed", action="store_true", help="covariance triangle in float32, no features")
     args = parser.parse_args()
-    if args.samples % BATCH or args.floor % BATCH:
-        parser.error(f"--samples and --floor must be multiples of {BATCH}")
+    if args.samples % args.batch or args.repeats * args.floor % args.batch:
+        parser.error(f"--samples and --repeats times --floor must be multiples of {args.batch}")
     if args.source == "images" and args.data is None:
         parser.error("give --data FOLDER or set EVALBENCH_DATA")
     setup = setup_of(load_suite(args.suite), {})
@@ -120,7 +130,7 @@ def main() -> None:
     extract = registry.build_extractor(args.extractor)
     sources = {
         "draws": lambda: draws(model, args.samples),
-        "converged": lambda: converged(setup, args.samples + args.floor),
+        "converged": lambda: converged(setup, args.samples + args.repeats * args.floor, args.batch),
         "images": lambda: real_images(model, args.data),
     }
     with torch.no_grad():
@@ -140,8 +150,7 @@ def main() -> None:
     save_file(statistics(values, args.packed, keep), file, metadata={"facts": json.dumps(facts)})
     print(json.dumps({"file": file.name, **facts, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}))
     if further is not None:
-        distance = frechet_distance(moments(further).gaussian(), moments(values).gaussian())
-        print(json.dumps({"metric": f"fd_to_converged@{args.extractor}", "samples": len(further), "floor": distance}))
+        print(floor_table(f"fd_to_converged@{args.extractor}", values, further, args.repeats))
 
 
 if __name__ == "__main__":

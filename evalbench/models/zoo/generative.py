@@ -1,7 +1,8 @@
 """What the training scripts of the generative models share: the loop with its checkpoints, the folder, the card.
 
-Everything random of a step is drawn from a generator seeded by (seed, step), so that a run that was stopped goes on as
-if it had not been, and 50 steps from the same seed give the same losses.
+Everything random of a step is drawn on the CPU from a generator seeded by (seed, step), so that a run that was stopped
+goes on as if it had not been, 50 steps from the same seed give the same losses, and a GPU sees the batches that a CPU
+sees.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +33,8 @@ ZOO = Path(__file__).parent
 diffusers: Any = importlib.import_module("diffusers")
 _POINT = 50  # steps per point of a loss curve
 _STEPS_APART = 1_000_003  # seeds of neighbouring runs do not share steps
+_AHEAD = 4  # batches drawn before a GPU asks for them
+_WARM = 3  # steps a GPU runs as written before it captures one
 
 
 @dataclass(frozen=True)
@@ -47,16 +52,18 @@ class Recipe:
     batch: int
     seed: int
     rate: float
-    warmup: int = 100
-    average: float = 0.005
+    warmup: int = 500
+    average: float = 0.001
     drop: float = 0.1
 
 
-Loss = Callable[[torch.Generator], torch.Tensor]
+Batch = tuple[torch.Tensor, ...]
+Draw = Callable[[torch.Generator, int], Batch]
+Loss = Callable[..., torch.Tensor]
 
 
 def arguments(description: str | None, recipe: Recipe) -> tuple[argparse.Namespace, Recipe]:
-    """--data, --out, --work, --steps, --seed and --threads of a training script, and the recipe they ask for."""
+    """The options of a training script, and the recipe they ask for."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, recipe)
     args = parser.parse_args()
@@ -71,6 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser, recipe: Recipe) -> None:
     parser.add_argument("--steps", type=int, default=recipe.steps)
     parser.add_argument("--seed", type=int, default=recipe.seed)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
 
 
 def chosen(parser: argparse.ArgumentParser, args: argparse.Namespace, recipe: Recipe) -> Recipe:
@@ -79,6 +87,7 @@ def chosen(parser: argparse.ArgumentParser, args: argparse.Namespace, recipe: Re
         parser.error("give --data FOLDER or set EVALBENCH_DATA")
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
+    torch.set_float32_matmul_precision("high")  # TF32 where there is a GPU
     return Recipe(**(asdict(recipe) | {"steps": args.steps, "seed": args.seed}))
 
 
@@ -99,20 +108,77 @@ def dropped(labels: torch.Tensor, null: int, recipe: Recipe, generator: torch.Ge
     return torch.where(torch.rand(len(labels), generator=generator) < recipe.drop, null, labels)
 
 
+class Graphed:
+    """Calls of a function as replays of one CUDA graph: small networks spend most of a step launching kernels.
+
+    The first `_WARM` calls run as written, and so does every call whose shapes are not those of the first.
+
+    Args:
+        call: reads and changes only tensors that stay where they are.
+    """
+
+    def __init__(self, call: Loss) -> None:
+        self.call, self.calls = call, 0
+        self.stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # nothing is captured on the default one
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.shapes: list[torch.Size] = []
+        self.given: Batch = ()
+        self.value = torch.zeros(())
+
+    def __call__(self, *batch: torch.Tensor) -> torch.Tensor:
+        self.stream.wait_stream(torch.cuda.current_stream())
+        found = self._run(batch)
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return found
+
+    def _run(self, batch: Batch) -> torch.Tensor:
+        shapes = [tensor.shape for tensor in batch]
+        self.shapes = self.shapes or shapes
+        with torch.cuda.stream(self.stream):
+            if shapes != self.shapes or self.calls < _WARM:
+                self.calls += shapes == self.shapes
+                return self.call(*(tensor.to("cuda", non_blocking=True) for tensor in batch)).detach().clone()
+            if self.graph is None:
+                self.graph = self._captured(batch)
+            for held, tensor in zip(self.given, batch, strict=True):
+                held.copy_(tensor, non_blocking=True)
+            self.graph.replay()
+            return self.value.clone()
+
+    def _captured(self, batch: Batch) -> torch.cuda.CUDAGraph:
+        """A call, recorded and not run."""
+        self.given = tuple(tensor.to("cuda") for tensor in batch)
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: other threads pin the next batches meanwhile
+        with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+            self.value = self.call(*self.given).detach()
+        return graph
+
+
 class Training:
     """A training run that can be stopped at any time and goes on from its last checkpoint.
 
     Args:
-        network: what is trained, in place; after `run` it holds the averaged weights, those to keep.
-        loss: of a step, from its generator. recipe: how. folder: where checkpoints lie.
+        network: what is trained, in place; after `run` it holds the averaged weights, those to keep, on the CPU.
+        draw: what step number i sees, from its generator, on the CPU. loss: of that, on the device.
+        recipe: how. folder: where checkpoints lie. device: `cpu` or `cuda`.
     """
 
-    def __init__(self, network: nn.Module, loss: Loss, recipe: Recipe, folder: Path) -> None:
-        self.network, self.loss, self.recipe = network, loss, recipe
+    def __init__(
+        self, network: nn.Module, draw: Draw, loss: Loss, recipe: Recipe, folder: Path, device: str = "cpu"
+    ) -> None:
+        self.network, self.draw, self.loss, self.recipe = network.to(device), draw, loss, recipe
         self.file = folder / "checkpoint.safetensors"
         self.weights: list[torch.Tensor] = [weight for weight in network.parameters() if weight.requires_grad]
         self.average = [weight.detach().clone() for weight in self.weights]
-        self.optimizer = torch.optim.AdamW(self.weights, lr=recipe.rate, betas=(0.9, 0.99), weight_decay=0.0)
+        self.on_gpu = device != "cpu"
+        # a captured step reads its rate from the device
+        self.rate: Any = torch.tensor(recipe.rate, device=device) if self.on_gpu else recipe.rate
+        self.optimizer = torch.optim.AdamW(
+            self.weights, lr=self.rate, betas=(0.9, 0.99), weight_decay=0.0, capturable=self.on_gpu
+        )
+        self.advance: Loss = Graphed(self._advance) if self.on_gpu else self._advance
+        self.machine = torch.cuda.get_device_name() if self.on_gpu else platform.machine()
         self.step, self.seconds = 0, 0.0
         self.losses: list[float] = []
         folder.mkdir(parents=True, exist_ok=True)
@@ -123,7 +189,7 @@ class Training:
         whole = len(self.losses) // _POINT * _POINT
         return [round(sum(self.losses[i : i + _POINT]) / _POINT, 5) for i in range(0, whole, _POINT)]
 
-    def run(self, save_every: int = 250, until: int | None = None) -> None:
+    def run(self, save_every: int = 500, until: int | None = None) -> None:
         """Train to the end of the recipe, from the last checkpoint if there is one, and load the averaged weights.
 
         Args:
@@ -132,35 +198,61 @@ class Training:
         self._resume()
         self.network.train()
         end = self.recipe.steps if until is None else until
-        while self.step < end:
-            started = time.perf_counter()
-            self.losses.append(self.advance())
-            self.seconds += time.perf_counter() - started
-            if self.step % _POINT == 0:
+        started, before = time.perf_counter(), self.seconds
+        recent: list[torch.Tensor] = []  # a loss is read only now and then: reading waits for the device
+        for batch in self._batches(self.step, end):
+            self._set_rate()
+            recent.append(self.advance(*batch))
+            self.step += 1
+            saving = self.step % save_every == 0 or self.step == end
+            if saving or self.step % _POINT == 0:
+                self.losses += torch.stack(recent).tolist()
+                recent.clear()
+                self.seconds = before + time.perf_counter() - started
+            if self.step % save_every == 0:
                 print(f"step {self.step}/{end}  loss {self.curve[-1]:.5f}  {self.seconds:.0f} s", flush=True)
-            if self.step % save_every == 0 or self.step == end:
+            if saving:
                 self._save()
         with torch.no_grad():
             for weight, average in zip(self.weights, self.average, strict=True):
                 weight.copy_(average)
-        self.network.eval()
+        self.network.cpu().eval()
 
-    def advance(self) -> float:
-        """One step; its loss."""
-        generator = torch.Generator().manual_seed(self.recipe.seed * _STEPS_APART + self.step)
+    def _batches(self, start: int, end: int) -> Iterator[Batch]:
+        """What the steps see, in order; for a GPU drawn ahead by threads, in memory it copies from without waiting."""
+        if not self.on_gpu:
+            yield from map(self._drawn, range(start, end))
+            return
+        with ThreadPoolExecutor(_AHEAD) as pool:
+            waiting: deque[Future[Batch]] = deque()
+            for step in range(start, end):
+                waiting.append(pool.submit(lambda i: tuple(x.pin_memory() for x in self._drawn(i)), step))
+                if len(waiting) > _AHEAD:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+
+    def _drawn(self, step: int) -> Batch:
+        return self.draw(torch.Generator().manual_seed(self.recipe.seed * _STEPS_APART + step), step)
+
+    def _set_rate(self) -> None:
         progress = self.step / self.recipe.steps
         rate = self.recipe.rate * min(1.0, (self.step + 1) / self.recipe.warmup) * (1.0 - 0.95 * progress)
+        if self.on_gpu:
+            self.rate.fill_(rate)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        value = self.loss(generator)
+            group["lr"] = self.rate if self.on_gpu else rate
+
+    def _advance(self, *batch: torch.Tensor) -> torch.Tensor:
+        """One step; its loss."""
         self.optimizer.zero_grad()
+        value = self.loss(*batch)
         value.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
         self.optimizer.step()
         with torch.no_grad():
             torch._foreach_lerp_(self.average, self.weights, self.recipe.average)
-        self.step += 1
-        return value.item()
+        return value.detach()
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         found: dict[str, torch.Tensor] = {}
@@ -168,7 +260,7 @@ class Training:
             state = self.optimizer.state[weight]
             found |= {f"{i}.weight": weight.detach(), f"{i}.average": average}
             found |= {f"{i}.{name}": state[name] for name in ("step", "exp_avg", "exp_avg_sq")}
-        return {name: tensor.contiguous() for name, tensor in found.items()}
+        return {name: tensor.cpu().contiguous() for name, tensor in found.items()}
 
     def _save(self) -> None:
         """Under another name first: a stop in between leaves the checkpoint before."""
@@ -194,7 +286,7 @@ class Training:
                 weight.copy_(tensors[f"{i}.weight"])
                 average.copy_(tensors[f"{i}.average"])
                 self.optimizer.state[weight] = {
-                    name: tensors[f"{i}.{name}"] for name in ("step", "exp_avg", "exp_avg_sq")
+                    name: tensors[f"{i}.{name}"].to(weight.device) for name in ("step", "exp_avg", "exp_avg_sq")
                 }
         self.step, self.seconds, self.losses = facts["step"], facts["seconds"], facts["losses"]
         print(f"going on from step {self.step}", flush=True)
@@ -224,7 +316,7 @@ def write_card(folder: Path, recipe: Recipe, training: Training, facts: Mapping[
         **facts,
         "recipe": asdict(recipe),
         "seconds": round(training.seconds),
-        "machine": f"{torch.get_num_threads()} of {os.cpu_count()} cores, {platform.machine()}",
+        "machine": training.machine,
         "torch": torch.__version__,
         "loss_curve_steps_per_point": _POINT,
         "loss_curve": training.curve,

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from evalbench.models.zoo.generative import (
+    Batch,
     Recipe,
     Training,
     add_arguments,
@@ -64,8 +65,8 @@ class Size:
 
 
 SIZES = {
-    "base": Size("fashion-dit", 144, 8, 4, 8, Recipe(steps=6000, batch=64, seed=41, rate=1e-3)),
-    "small": Size("fashion-dit-s", 96, 3, 3, 0, Recipe(steps=5000, batch=64, seed=42, rate=1.5e-3)),
+    "base": Size("fashion-dit", 128, 6, 4, 8, Recipe(steps=9_000, batch=64, seed=41, rate=1e-3)),
+    "small": Size("fashion-dit-s", 64, 4, 4, 0, Recipe(steps=8_000, batch=64, seed=42, rate=2e-3)),
 }
 
 
@@ -78,7 +79,7 @@ def network(size: Size) -> Any:
         out_channels=1,
         num_layers=size.depth,
         sample_size=32,
-        patch_size=8,
+        patch_size=4,
         num_embeds_ada_norm=CLASSES,
     )
     for block in model.transformer_blocks:
@@ -96,16 +97,20 @@ def scheduler() -> Any:
     return diffusers.DDIMScheduler(**SCHEDULER)
 
 
-def v_loss(model: Any, data: Data, recipe: Recipe, generator: torch.Generator, low: bool) -> torch.Tensor:
-    """Mean squared error of v = alpha eps - sigma x0 at uniform time steps; with `low`, on images of half the size."""
+def seen(data: Data, recipe: Recipe, generator: torch.Generator, low: bool) -> Batch:
+    """Noisy images at uniform time steps, the steps, labels, v = alpha eps - sigma x0; with `low`, of halved images."""
     x_0, labels = rows(data, recipe, generator)
     if low:
         x_0 = F.avg_pool2d(x_0, 2)  # (B, 1, 16, 16)
     t = torch.randint(SCHEDULER["num_train_timesteps"], (len(x_0),), generator=generator)
     noise = torch.randn(x_0.shape, generator=generator)
     given = dropped(labels, CLASSES, recipe, generator)
-    found = model(scheduler().add_noise(x_0, noise, t), timestep=t, class_labels=given).sample
-    return F.mse_loss(found, scheduler().get_velocity(x_0, noise, t))
+    return scheduler().add_noise(x_0, noise, t), t, given, scheduler().get_velocity(x_0, noise, t)
+
+
+def v_loss(model: Any, x_t: torch.Tensor, t: torch.Tensor, given: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Mean squared error of the predicted v."""
+    return F.mse_loss(model(x_t, timestep=t, class_labels=given).sample, v)
 
 
 def main() -> None:
@@ -119,17 +124,17 @@ def main() -> None:
     model = network(size)
     data = train_images(args.data)
 
-    def loss(generator: torch.Generator) -> torch.Tensor:
-        low = size.low_every > 0 and training.step % size.low_every == size.low_every - 1
-        return v_loss(model, data, recipe, generator, low)
+    def draw(generator: torch.Generator, step: int) -> Batch:
+        low = size.low_every > 0 and step % size.low_every == size.low_every - 1
+        return seen(data, recipe, generator, low)
 
-    training = Training(model, loss, recipe, args.work / size.name)
+    training = Training(model, draw, partial(v_loss, model), recipe, args.work / size.name, args.device)
     training.run()
     folder = args.out / size.name
     save_part(model, folder / "transformer")
     scheduler().save_pretrained(folder / "scheduler")
     facts = {
-        "what": f"DiTTransformer2DModel in pixel space, width {size.width}, depth {size.depth}, patches 8x8",
+        "what": f"DiTTransformer2DModel in pixel space, width {size.width}, depth {size.depth}, patches 4x4",
         "parameters": parameters([model]),
         "halved_images": f"every {size.low_every}th step" if size.low_every else "none",
     }

@@ -11,6 +11,7 @@ python -m evalbench.models.zoo.train_fashion_flow --reflow --data FOLDER    (aft
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from transformers import CLIPTextModelWithProjection
 from evalbench.models.zoo import train_fashion_vae as vae
 from evalbench.models.zoo.captions import CONTEXT, clip_tokenizer, token_table
 from evalbench.models.zoo.generative import (
+    Batch,
     Recipe,
     Training,
     add_arguments,
@@ -39,8 +41,8 @@ from evalbench.models.zoo.train_fashion_sd import text_config
 from evalbench.models.zoo.training import Data
 
 NAME, REFLOW_NAME = "fashion-flow", "fashion-flow-2rf"
-RECIPE = Recipe(steps=3000, batch=64, seed=61, rate=1e-3)
-REFLOW_RECIPE = Recipe(steps=1200, batch=64, seed=62, rate=5e-4)
+RECIPE = Recipe(steps=10_000, batch=256, seed=61, rate=1e-3)
+REFLOW_RECIPE = Recipe(steps=3_000, batch=64, seed=62, rate=5e-4)
 WIDTH = 32  # of each text encoder
 TRANSFORMER = {
     "sample_size": 8,
@@ -100,36 +102,45 @@ def stored(folder: Path) -> Flow:
     return Flow(pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2)
 
 
-def flow_loss(
-    model: Flow, z_0: torch.Tensor, eps: torch.Tensor, given: torch.Tensor, tokens: torch.Tensor, g: torch.Generator
-) -> torch.Tensor:
-    """Mean squared error of the velocity eps - z_0 at logit-normal times; `given` are rows of `tokens`."""
+def seen(z_0: torch.Tensor, eps: torch.Tensor, given: torch.Tensor, tokens: torch.Tensor, g: torch.Generator) -> Batch:
+    """Latents on the way to noise at logit-normal times, the times, texts, which row reads which, and eps - z_0.
+
+    Args:
+        tokens: int64 (11, templates, context), captions of each class; the last "class" is the empty text.
+    """
     t = torch.sigmoid(torch.randn(len(z_0), generator=g))
     at = t[:, None, None, None]
     template = int(torch.randint(tokens.shape[1], (1,), generator=g))
-    words, pooled = model.read(tokens[:, template])
-    found = model.velocity((1 - at) * z_0 + at * eps, t, words[given], pooled[given])
-    return F.mse_loss(found, eps - z_0)
+    return (1 - at) * z_0 + at * eps, t, tokens[:, template].contiguous(), given, eps - z_0
 
 
-@torch.inference_mode()
-def coupled(model: Flow, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Noise, the latents the flow takes it to by Heun's method, and their labels, classes in turn."""
+def flow_loss(
+    model: Flow, z_t: torch.Tensor, t: torch.Tensor, tokens: torch.Tensor, given: torch.Tensor, v: torch.Tensor
+) -> torch.Tensor:
+    """Mean squared error of the velocity."""
+    words, pooled = model.read(tokens)
+    return F.mse_loss(model.velocity(z_t, t, words[given], pooled[given]), v)
+
+
+@torch.no_grad()
+def coupled(model: Flow, tokens: torch.Tensor, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Noise, the latents the flow takes it to by Heun's method, and their labels, classes in turn; on the CPU."""
     g = torch.Generator().manual_seed(PAIR_SEED)
     noise = torch.randn(PAIRS, 4, 8, 8, generator=g)
     labels = torch.arange(PAIRS) % (len(tokens) - 1)
-    words, pooled = model.read(tokens[:, 0])
-    times = torch.linspace(1.0, 0.0, PAIR_STEPS + 1)
+    words, pooled = model.read(tokens[:, 0].to(device))
+    times = torch.linspace(1.0, 0.0, PAIR_STEPS + 1, device=device)
     ends = []
-    for z, label in zip(torch.split(noise, PAIR_BATCH), torch.split(labels, PAIR_BATCH), strict=True):
+    for first, label in zip(torch.split(noise, PAIR_BATCH), torch.split(labels, PAIR_BATCH), strict=True):
+        z = first.to(device)
         for s, t in pairwise(times):
             slope = model.velocity(z, s.expand(len(z)), words[label], pooled[label])
             there = z + (t - s) * slope
             slope = (slope + model.velocity(there, t.expand(len(z)), words[label], pooled[label])) / 2
             z = z + (t - s) * slope
-        ends.append(z)
+        ends.append(z.cpu())
         print(f"pairs {sum(map(len, ends))}/{PAIRS}", flush=True)
-    return noise, torch.cat(ends).clone(), labels
+    return noise, torch.cat(ends), labels
 
 
 def main() -> None:
@@ -144,25 +155,25 @@ def main() -> None:
     tokenizer = clip_tokenizer(CONTEXT)
     tokens = token_table(tokenizer)
     null = len(tokens) - 1
-    autoencoder = vae.load(args.out / vae.NAME)
+    autoencoder = vae.load(args.out / (f"{NAME}/vae" if reflow else vae.NAME))
     autoencoder.register_to_config(shift_factor=0.0)  # which the pipeline of SD3 adds
     if reflow:
         model = stored(args.out / NAME)
-        pairs = coupled(model, tokens)
+        pairs = coupled(model.to(args.device), tokens, args.device)
 
-        def loss(g: torch.Generator) -> torch.Tensor:
+        def draw(g: torch.Generator, step: int) -> Batch:
             i = torch.randint(PAIRS, (recipe.batch,), generator=g)
-            return flow_loss(model, pairs[1][i], pairs[0][i], dropped(pairs[2][i], null, recipe, g), tokens, g)
+            return seen(pairs[1][i], pairs[0][i], dropped(pairs[2][i], null, recipe, g), tokens, g)
     else:
         model = untrained(len(tokenizer))
-        data: Data = vae.scaled(autoencoder, train_images(args.data))
+        data: Data = vae.scaled(autoencoder, train_images(args.data), args.device)
 
-        def loss(g: torch.Generator) -> torch.Tensor:
+        def draw(g: torch.Generator, step: int) -> Batch:
             z_0, labels = rows(data, recipe, g)
             eps = torch.randn(z_0.shape, generator=g)
-            return flow_loss(model, z_0, eps, dropped(labels, null, recipe, g), tokens, g)
+            return seen(z_0, eps, dropped(labels, null, recipe, g), tokens, g)
 
-    training = Training(model, loss, recipe, args.work / name)
+    training = Training(model, draw, partial(flow_loss, model), recipe, args.work / name, args.device)
     training.run()
     folder = args.out / name
     pipeline = diffusers.StableDiffusion3Pipeline(

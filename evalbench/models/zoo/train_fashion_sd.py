@@ -8,7 +8,7 @@ python -m evalbench.models.zoo.train_fashion_sd --data FOLDER    (after train_fa
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from evalbench.models.zoo import train_fashion_vae as vae
 from evalbench.models.zoo.captions import CONTEXT, clip_tokenizer, token_table
 from evalbench.models.zoo.generative import (
+    Batch,
     Recipe,
     Training,
     arguments,
@@ -33,7 +34,7 @@ from evalbench.models.zoo.generative import (
 from evalbench.models.zoo.training import Data
 
 NAME = "fashion-sd"
-RECIPE = Recipe(steps=3000, batch=64, seed=51, rate=1e-3)
+RECIPE = Recipe(steps=12_000, batch=256, seed=51, rate=1e-3)
 WIDTH = 64  # of the text encoder
 UNET = {
     "sample_size": 8,
@@ -81,10 +82,8 @@ def scheduler() -> Any:
     return diffusers.DDIMScheduler(**SCHEDULER)
 
 
-def eps_loss(
-    unet: nn.Module, text: nn.Module, tokens: torch.Tensor, data: Data, recipe: Recipe, generator: torch.Generator
-) -> torch.Tensor:
-    """Mean squared error of eps at uniform time steps.
+def seen(data: Data, tokens: torch.Tensor, recipe: Recipe, generator: torch.Generator) -> Batch:
+    """Noisy latents at uniform time steps, the steps, one text of each class, which row reads which, and the noise.
 
     Args:
         tokens: int64 (11, templates, context), captions of each class; the last "class" is the empty text.
@@ -93,22 +92,42 @@ def eps_loss(
     t = torch.randint(SCHEDULER["num_train_timesteps"], (len(z_0),), generator=generator)
     noise = torch.randn(z_0.shape, generator=generator)
     template = int(torch.randint(tokens.shape[1], (1,), generator=generator))
-    read = text(tokens[:, template]).last_hidden_state  # (11, context, width)
-    given = read[dropped(labels, len(tokens) - 1, recipe, generator)]
-    return F.mse_loss(unet(scheduler().add_noise(z_0, noise, t), t, given).sample, noise)
+    given = dropped(labels, len(tokens) - 1, recipe, generator)
+    return scheduler().add_noise(z_0, noise, t), t, tokens[:, template].contiguous(), given, noise
+
+
+def eps_loss(
+    unet: Any,
+    text: Any,
+    z_t: torch.Tensor,
+    t: torch.Tensor,
+    tokens: torch.Tensor,
+    given: torch.Tensor,
+    eps: torch.Tensor,
+) -> torch.Tensor:
+    """Mean squared error of the predicted eps."""
+    read = text(tokens).last_hidden_state  # (11, context, width)
+    return F.mse_loss(unet(z_t, t, read[given]).sample, eps)
 
 
 def main() -> None:
     """Train, and write the pipeline's folder with its card."""
     args, recipe = arguments(__doc__, RECIPE)
     autoencoder = vae.load(args.out / vae.NAME)
-    data = vae.scaled(autoencoder, train_images(args.data))
+    data = vae.scaled(autoencoder, train_images(args.data), args.device)
     tokenizer = clip_tokenizer(CONTEXT)
     text = CLIPTextModel(text_config(len(tokenizer), WIDTH))
     unet = diffusers.UNet2DConditionModel(**UNET)
     tokens = token_table(tokenizer)
     networks = nn.ModuleList([unet, text])
-    training = Training(networks, lambda g: eps_loss(unet, text, tokens, data, recipe, g), recipe, args.work / NAME)
+    training = Training(
+        networks,
+        lambda g, _: seen(data, tokens, recipe, g),
+        partial(eps_loss, unet, text),
+        recipe,
+        args.work / NAME,
+        args.device,
+    )
     training.run()
     folder = args.out / NAME
     pipeline = diffusers.StableDiffusionPipeline(

@@ -8,12 +8,14 @@ python -m evalbench.models.zoo.train_fashion_vae --data FOLDER
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from evalbench.models.zoo.generative import (
+    Batch,
     Recipe,
     Training,
     arguments,
@@ -27,8 +29,9 @@ from evalbench.models.zoo.generative import (
 from evalbench.models.zoo.training import Data
 
 NAME = "fashion-vae"
-RECIPE = Recipe(steps=1600, batch=64, seed=31, rate=2e-3, average=0.01, drop=0.0)
-CONFIG = {
+RECIPE = Recipe(steps=4_000, batch=128, seed=31, rate=2e-3, drop=0.0)
+LATENT = (8, 8)
+CONFIG: dict[str, Any] = {
     "in_channels": 1,
     "out_channels": 1,
     "sample_size": 32,
@@ -42,10 +45,15 @@ CONFIG = {
 KL_WEIGHT = 1e-4  # of the divergence per latent number, against errors per pixel
 
 
-def reconstruction_loss(model: Any, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def seen(data: Data, recipe: Recipe, generator: torch.Generator) -> Batch:
+    """A batch of images and the noise of their latents."""
+    images = rows(data, recipe, generator)[0]
+    return images, torch.randn(len(images), CONFIG["latent_channels"], *LATENT, generator=generator)
+
+
+def reconstruction_loss(model: Any, images: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """Loss of a batch of images, (B, 1, 32, 32)."""
     posterior = model.encode(images).latent_dist
-    noise = torch.randn(posterior.mean.shape, generator=generator)
     found = model.decode(posterior.mean + posterior.std * noise).sample
     error = found - images
     loss: torch.Tensor = (
@@ -54,16 +62,19 @@ def reconstruction_loss(model: Any, images: torch.Tensor, generator: torch.Gener
     return loss
 
 
-def latents(model: Any, images: torch.Tensor) -> torch.Tensor:
-    """Posterior means, (N, 4, 8, 8), not scaled."""
+def latents(model: Any, images: torch.Tensor, device: str = "cpu") -> torch.Tensor:
+    """Posterior means, (N, 4, 8, 8), not scaled; computed on the device, returned on the CPU."""
+    model.to(device)
     with torch.inference_mode():
-        return torch.cat([model.encode(block).latent_dist.mean for block in torch.split(images, 500)]).clone()
+        blocks = [model.encode(block.to(device)).latent_dist.mean.cpu() for block in torch.split(images, 500)]
+    model.cpu()
+    return torch.cat(blocks).clone()
 
 
-def scaled(model: Any, data: Data) -> Data:
+def scaled(model: Any, data: Data, device: str = "cpu") -> Data:
     """The data as the denoisers see it: latents of standard deviation 1, with their labels."""
     images, labels = data
-    return latents(model, images) * model.config.scaling_factor, labels
+    return latents(model, images, device) * model.config.scaling_factor, labels
 
 
 def load(folder: Path) -> Any:
@@ -77,7 +88,12 @@ def main() -> None:
     model = diffusers.AutoencoderKL(**CONFIG)
     data = train_images(args.data)
     training = Training(
-        model, lambda g: reconstruction_loss(model, rows(data, recipe, g)[0], g), recipe, args.work / NAME
+        model,
+        lambda g, _: seen(data, recipe, g),
+        partial(reconstruction_loss, model),
+        recipe,
+        args.work / NAME,
+        args.device,
     )
     training.run()
     scale = 1.0 / float(latents(model, data[0][:10_000]).std())

@@ -1,0 +1,1 @@
+"""Work of one step reused in the next."""
