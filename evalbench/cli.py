@@ -512,17 +512,6 @@ def claims(
 
 
 @app.command()
-def replicate(
-    kit: Annotated[str, typer.Argument(help="edm-cifar10, diff-sampler-cifar10, adm-evaluator, mlperf-sdxl, ...")],
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Walk every cell on a random stand-in.")] = False,
-) -> None:
-    """A published table from its manifest: what it needs, what it costs, the accepted values, the command."""
-    from evalbench.replicate import replicate_command
-
-    replicate_command(kit, dry_run=dry_run)
-
-
-@app.command()
 def check(
     suite: Annotated[str, typer.Argument(help="Suite name, or the path of a TOML.")],
     model: ModelText = "",

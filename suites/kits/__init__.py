@@ -1,1 +1,0 @@
-"""Replication kits: one manifest each, read by `evalbench replicate`."""
