@@ -99,7 +99,7 @@ def _download(identifier: str) -> Iterator[str]:
         info = HfApi().model_info(identifier, files_metadata=True, timeout=30)
         wanted = [file for file in info.siblings or [] if file.rfilename.endswith((".safetensors", ".json", ".txt"))]
         size = sum(file.size or 0 for file in wanted) / 2**30
-        licence = (info.card_data or {}).get("license", "none stated")
+        licence = (info.card_data.get("license") if info.card_data else None) or "none stated"
         yield f"model: {identifier}, {size:.1f} GiB, licence: {licence}"
         kinds = ["*.safetensors", "*.json", "*.txt", "*.model"]
         snapshot_download(identifier, revision=info.sha, allow_patterns=kinds)

@@ -68,11 +68,13 @@ def _read(path: Path, prompts: Prompts) -> tuple[Prompt, ...]:
 
 
 def _table(delimiter: str) -> Callable[[str, Prompts], Iterable[Prompt]]:
-    # tab-separated files quote nothing: a quotation mark is part of a prompt
-    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
-
     def read(text: str, prompts: Prompts) -> Iterable[Prompt]:
-        rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting)
+        lines = io.StringIO(text, newline="")
+        # tab-separated files quote nothing: a quotation mark is part of a prompt
+        if delimiter == "\t":
+            rows = csv.DictReader(lines, delimiter=delimiter, quoting=csv.QUOTE_NONE)
+        else:
+            rows = csv.DictReader(lines, delimiter=delimiter)
         return [_prompt(number, row, prompts) for number, row in enumerate(rows)]
 
     return read
