@@ -8,7 +8,8 @@ A zip in the layout of a run folder, so that what is unpacked can be read as one
 
 `verify` holds every file against its digest, makes the table from the records again, and computes anew what scores and
 sums determine: counts, means of scores, Frechet distances. Their intervals need single features, which stay in the run
-folder. Equal runs are packed to equal bytes.
+folder. A bundle is somebody else's: plug-ins in its manifest are text here and are never run, so what needs them, or a
+reference that is not here, is taken as recorded. Equal runs are packed to equal bytes.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import math
 import re
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -64,6 +65,8 @@ def pack(run: Path, out: Path) -> Path:
         UserError: not a run folder, or it holds no record. DamagedFile: a chunk is damaged.
     """
     store = Store(run)
+    for name, source in store.manifest()["plugins"].items():  # one's own run: its metrics may be a plug-in's
+        registry.load_plugin(source, name)
     records = _measured(store)
     if not store.records():
         raise UserError(f"run folder '{run}' holds no record to pack; run `evalbench run` into it first")
@@ -99,7 +102,8 @@ def _names(folder: Path) -> Iterator[str]:
 
 def _kept(store: Store, record: Record) -> dict[str, np.ndarray]:
     """What a bundle keeps of a cell: per-sample numbers, sums of the features that Frechet distances need, images."""
-    sums = {metric.arg for metric in _metrics(record) if isinstance(metric, FrechetDistance)}
+    metrics = [registry.build_metric(name) for name in record.metrics]
+    sums = {metric.arg for metric in metrics if isinstance(metric, FrechetDistance)}
     found: dict[str, Moments] = {}
     for chunk in sorted(store.present_chunks(record.cell.id)):
         arrays = store.read_chunk(chunk)
@@ -111,10 +115,6 @@ def _kept(store: Store, record: Record) -> dict[str, np.ndarray]:
         kept |= {f"{part}:{name}": np.asarray(getattr(one, part)) for part in _SUMS}
     images = store.images(record.cell.id)
     return kept if images is None else kept | {"images": images[:GRID_SAMPLES]}
-
-
-def _metrics(record: Record) -> list[Metric[Any]]:
-    return [registry.build_metric(name) for name in record.metrics]
 
 
 # --- verify ---------------------------------------------------------------------------------------------------------
@@ -147,11 +147,10 @@ def check(file: Path) -> Verdict:
         store = Store(folder)
         if table_of(store) != (Path(folder) / "table.csv").read_bytes():
             wrong = ("table.csv is not the table of the records",)
-        manifest = store.manifest()
-        suite = parse_suite(manifest["suite"], "", where=f"manifest of {file}")
+        suite = parse_suite(store.manifest()["suite"], "", where=f"manifest of {file}")
         computed = carried = 0
         for record in _measured(store):
-            for name, known, found in _again(store.folder, record, suite, manifest["plugins"]):
+            for name, known, found in _again(store.folder, record, suite):
                 if found is None:
                     carried += 1
                 elif math.isclose(known, found, rel_tol=_ROUNDING, abs_tol=_ROUNDING):
@@ -190,9 +189,7 @@ def _unpacked(file: Path, folder: Path) -> Iterator[str]:
         raise UserError(f"'{file}' is no bundle ({error}); make one with `evalbench pack RUN`") from None
 
 
-def _again(
-    folder: Path, record: Record, suite: Suite, plugins: Mapping[str, str]
-) -> Iterator[tuple[str, float, float | None]]:
+def _again(folder: Path, record: Record, suite: Suite) -> Iterator[tuple[str, float, float | None]]:
     """Each number of a record with its value from what the bundle keeps; None where that does not determine it."""
     file = folder / "cells" / f"{record.cell.id}.npz"
     if not file.is_file():
@@ -202,9 +199,12 @@ def _again(
     counts = count_means(counts_in(kept))
     for name, known in record.counts.items():
         yield name, known, counts.get(name, math.nan)
-    reference = partial(load_reference, suite, plugins=plugins)
-    for metric in _metrics(record):
-        yield metric.id, record.metrics[metric.id].value, _value(metric, kept, reference)
+    for name, value in record.metrics.items():
+        try:
+            found = _value(registry.build_metric(name), kept, partial(load_reference, suite, plugins={}))
+        except UserError:  # a metric of a plug-in, or a reference that is not here
+            found = None
+        yield name, value.value, found
 
 
 def _value(metric: Metric[Any], kept: Parts, reference: Callable[[str], Parts | None]) -> float | None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Self, TypeAli
 
 import numpy as np
 
-from evalbench.errors import Unsupported
+from evalbench.errors import Unsupported, UserError
 
 if TYPE_CHECKING:
     import torch
@@ -433,6 +433,21 @@ def both(*edits: Edit) -> Edit:
             yield
 
     return edit
+
+
+def block_range(where: str, text: str, n: int | None = None) -> range:
+    """`2-5` or `3` as a range of block indices.
+
+    Raises:
+        UserError: it says none, or a block that the network, of n blocks, does not have.
+    """
+    first, dash, last = text.partition("-")
+    if not first.isdecimal() or (dash and not last.isdecimal()) or int(last or first) < int(first):
+        raise UserError(f"{where}: blocks={text}: write first-last, such as 2-5")
+    found = range(int(first), int(last or first) + 1)
+    if n is not None and found[-1] >= n:
+        raise UserError(f"{where}: block {found[-1]} does not exist: the network has {n}; give blocks in 0..{n - 1}")
+    return found
 
 
 class Blocks(ABC):

@@ -75,15 +75,15 @@ def boundaries(shares: tuple[float, ...], level: float = LEVEL) -> tuple[float, 
     Args:
         shares: rising, in (0, 1], the last is 1.
     """
+    from scipy.optimize import brentq
     from scipy.stats import norm
 
     points: list[float] = []
     density, grid, before, used = np.array([1.0]), np.array([0.0]), 0.0, 0.0
     for share in shares:
         step = math.sqrt(share - before)
-        wanted = spent(share, level) - used
-
-        points.append(_root(partial(_crossing, density, grid, step, share), wanted))
+        excess = partial(_excess, density, grid, step, share, spent(share, level) - used)
+        points.append(float(brentq(excess, 0.0, 12.0)))
         edge = points[-1] * math.sqrt(share)
         next_grid = np.linspace(-edge, edge, _GRID)
         weights = np.full(_GRID, next_grid[1] - next_grid[0])
@@ -93,21 +93,12 @@ def boundaries(shares: tuple[float, ...], level: float = LEVEL) -> tuple[float, 
     return tuple(points)
 
 
-def _crossing(density: np.ndarray, grid: np.ndarray, step: float, share: float, z: float) -> float:
-    """Chance that the sum leaves +- z share^1/2 at this look, from its density on a grid at the last."""
+def _excess(density: np.ndarray, grid: np.ndarray, step: float, share: float, wanted: float, z: float) -> float:
+    """Chance that the sum leaves +- z share^1/2 at this look, from its density on a grid at the last, less `wanted`."""
     from scipy.stats import norm
 
     edge = z * math.sqrt(share)
-    return float(density @ (norm.sf((edge - grid) / step) + norm.cdf((-edge - grid) / step)))
-
-
-def _root(falling: Callable[[float], float], wanted: float) -> float:
-    """z in [0, 12] with falling(z) = wanted, by bisection."""
-    low, high = 0.0, 12.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if falling(middle) > wanted else (low, middle)
-    return (low + high) / 2
+    return float(density @ (norm.sf((edge - grid) / step) + norm.cdf((-edge - grid) / step))) - wanted
 
 
 def group_sequential(

@@ -131,7 +131,10 @@ class Tracker:
         """A piece of a phase is done."""
         self.phase = phase
         self._landings.append(time.perf_counter())
-        self.phases[phase].landed(forwards, samples, seconds, self._landings[-1])
+        # a chunk that was found damaged is computed without having been announced
+        self.phases.setdefault(phase, Phase(forwards, samples, 1)).landed(
+            forwards, samples, seconds, self._landings[-1]
+        )
         self.changed()
 
     def cells(self, done: int, total: int, errors: int) -> None:

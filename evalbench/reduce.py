@@ -57,6 +57,9 @@ def reduce_cell(
         solution: chunks of the fine solution over the same samples; None when there is none.
         metrics: what to compute. references: reference arrays by key.
         allow_small_n: compute set distances below their least N, marked.
+
+    Raises:
+        BadSamples: samples that no score may be computed from. DamagedChunk: see `Store.read_chunk`.
     """
     missing: dict[str, str] = {}
     wanted = []
@@ -67,8 +70,8 @@ def reduce_cell(
             missing[metric.id] = f"the suite has no reference '{metric.reference_key}' at this guidance"
         else:
             wanted.append(metric)
-    blocks: list[dict[str, np.ndarray]] = []
-    states = states_of(store, chunks, solution, wanted, blocks)
+    whole = _Whole()
+    states = states_of(store, chunks, solution, wanted, whole.see)
     values: dict[str, MetricValue] = {}
     for metric in wanted:
         reference = references(metric.reference_key) if metric.reference_key else None
@@ -77,23 +80,29 @@ def reduce_cell(
             values[metric.id] = _checked(metric, value)
         except (UserError, EvalbenchError) as error:
             missing[metric.id] = str(error)
-    return Reduced(values, missing, count_means(joined(blocks)))
+    return Reduced(values, missing, count_means(joined(whole.counts)))
 
 
-def check_samples(store: Store, chunks: Sequence[Chunk]) -> None:
-    """What only a whole cell shows: fewer samples than planned, or one sample twice.
+class _Whole:
+    """What only a whole cell shows, from its chunks in order: the ledger's counts, and samples that are there twice."""
 
-    Raises:
-        BadSamples: with the ids of the samples.
-    """
-    first: dict[str, int] = {}
-    for chunk in chunks:
-        digests = (store.chunk_facts(chunk) or {}).get("digests", [])  # of images; older chunks have none
+    def __init__(self) -> None:
+        self.counts: list[dict[str, np.ndarray]] = []
+        self._first: dict[str, int] = {}  # digest of a sample -> where it was seen first
+
+    def see(self, chunk: Chunk, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> None:
+        """Take a chunk.
+
+        Raises:
+            BadSamples: it has fewer samples than planned, or one that another place has; with the ids of the samples.
+        """
+        self.counts.append(counts_in(arrays))
+        digests = facts.get("digests", [])  # of images; older chunks have none
         if digests and len(digests) != chunk.stop - chunk.start:
             raise BadSamples(f"{len(digests)} samples stand for samples {chunk.start}-{chunk.stop - 1}")
         for i, digest in enumerate(digests, chunk.start):
-            if first.setdefault(digest, i) != i:
-                raise BadSamples(f"sample {i} is a copy of sample {first[digest]}")
+            if self._first.setdefault(digest, i) != i:
+                raise BadSamples(f"sample {i} is a copy of sample {self._first[digest]}")
 
 
 def states_of(
@@ -101,14 +110,14 @@ def states_of(
     chunks: Sequence[Chunk],
     solution: Sequence[Chunk] | None,
     metrics: Sequence[Metric[Any]],
-    counts: list[dict[str, np.ndarray]] | None = None,
+    see: Callable[[Chunk, Mapping[str, np.ndarray], Mapping[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
-    """States of a cell's metrics by id, merged in chunk order; `counts` gets the ledger's counts of each chunk."""
+    """States of a cell's metrics by id, merged in chunk order; `see` is shown every chunk, its arrays and its facts."""
     states: dict[str, Any] = {}
     for i, chunk in enumerate(chunks):
-        parts: dict[str, np.ndarray] = store.read_chunk(chunk)
-        if counts is not None:
-            counts.append(counts_in(parts))
+        parts, facts = store.read_whole_chunk(chunk)
+        if see is not None:
+            see(chunk, parts, facts)
         if solution is not None and any(metric.paired for metric in metrics):
             fine = store.read_chunk(solution[i])
             parts |= {f"paired:{name}": values for name, values in fine.items()}

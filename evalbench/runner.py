@@ -22,7 +22,7 @@ from evalbench.failures import Policy
 from evalbench.interfaces import Parts
 from evalbench.observer import Observer, Silent
 from evalbench.plan import Plan, Request, make_cell, make_plan, unique
-from evalbench.reduce import check_samples, parts_of, reduce_cell
+from evalbench.reduce import parts_of, reduce_cell
 from evalbench.shards import Claims, Shard
 from evalbench.spec import Cell, Chunk, Failure, Record, content_id
 from evalbench.store import DamagedChunk, Store, open_run
@@ -389,21 +389,20 @@ class _Loop:
             status = "unsupported" if failed.unsupported else "error"
             return Record(**base, status=status, failure=failed.failure)
         chunks = self.plan.chunks(cell)
-        try:
-            check_samples(self.store, chunks)
-        except BadSamples as error:
-            failure = Failure(type=type(error).__name__, message=str(error), traceback="")
-            return Record(**base, status="error", failure=failure)
         fine = None if solution is None or solution.id in self._failed else self.plan.chunks(solution)
         made_in = (self.store.chunk_facts(chunks[0]) or {}).get("environment", {})
-        found = reduce_cell(
-            self.store,
-            chunks,
-            fine,
-            self.plan.metrics,
-            lambda key: self._reference(cell, key),
-            allow_small_n=self.plan.request.allow_small_n,
-        )
+        try:
+            found = reduce_cell(
+                self.store,
+                chunks,
+                fine,
+                self.plan.metrics,
+                lambda key: self._reference(cell, key),
+                allow_small_n=self.plan.request.allow_small_n,
+            )
+        except BadSamples as error:
+            failure = Failure(type=type(error).__name__, message=str(error))
+            return Record(**base, status="error", failure=failure)
         return Record(
             **base,
             status="ok",

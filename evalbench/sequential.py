@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -16,7 +17,7 @@ from evalbench import registry, runner
 from evalbench.compare.pairs import Pair
 from evalbench.compare.runs import Key, NotComparable, Run, title_of
 from evalbench.compare.tolerances import check_tolerances
-from evalbench.compare.words import FINE, LEVEL, NOT_COMPARABLE, REGRESSION
+from evalbench.compare.words import FINE, LEVEL, NOT_COMPARABLE, REGRESSION, Effect
 from evalbench.errors import UserError
 from evalbench.looks import Look, frechet_looks, group_sequential
 from evalbench.metrics.differences import ROUTES
@@ -103,17 +104,19 @@ class _Cell:
         if old is None:
             return Stopped(title, "not comparable", reason="missing in BASE")
         title, metric = title_of(old.cell), self.base.suite.metrics.primary
-        tolerance: list[float] = []
+
+        @cache
+        def effect(n: int) -> Effect:
+            return self._pair(key, old, n).effect(metric)[0]
 
         def at(n: int) -> Difference:
-            effect, _ = self._pair(key, old, n).effect(metric)
-            tolerance[:] = [effect.tolerance]
-            return Difference(effect.difference, effect.se, effect.n, df=effect.df)
+            found = effect(n)
+            return Difference(found.difference, found.se, found.n, df=found.df)
 
         try:
             looks = self._looks(metric, old)
-            at(looks[0])
-            done = group_sequential(at, looks, tolerance[0], self.level)
+            tolerance = effect(looks[0]).tolerance
+            done = group_sequential(at, looks, tolerance, self.level)
         except NotComparable as error:
             return Stopped(title, "not comparable", reason=str(error))
         last = done[-1]
@@ -124,7 +127,7 @@ class _Cell:
             "above": "better" if better else "worse",
             "below": "worse" if better else "better",
         }
-        return Stopped(title, words[last.decision], last.n, old.samples, last, tolerance[0])
+        return Stopped(title, words[last.decision], last.n, old.samples, last, tolerance)
 
     def _looks(self, metric: str, old: Record) -> tuple[int, ...]:
         """Numbers of samples, whole chunks; of a Frechet distance at least 8 d more each."""

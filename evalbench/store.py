@@ -131,10 +131,14 @@ class Store:
         Raises:
             DamagedChunk: missing, damaged, or another chunk under this name.
         """
+        return self.read_whole_chunk(chunk)[0]
+
+    def read_whole_chunk(self, chunk: Chunk) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Arrays of a chunk and its facts, as `read_chunk`."""
         with _named(chunk):
             arrays, facts = read_npz(self.chunk_file(chunk))
         self._check_place(chunk, facts)
-        return arrays
+        return arrays, facts
 
     def chunk_facts(self, chunk: Chunk) -> dict[str, Any] | None:
         """Facts of a chunk with the names of its arrays under `arrays`; None when missing or damaged."""

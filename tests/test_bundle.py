@@ -151,3 +151,29 @@ def test_a_bomb_is_not_unpacked(packed: Path, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(bundle, "LARGEST", 1000)
     with pytest.raises(UserError, match="unpacked"):
         bundle.check(packed)
+
+
+def test_code_in_a_bundle_is_never_run(packed: Path, tmp_path: Path) -> None:
+    """It is a stranger's file: a plug-in in its manifest stays text, and a model that would need it is not built."""
+    content = unzipped(packed)
+    manifest = json.loads(content["manifest.json"])
+    witness = tmp_path / "ran"
+    manifest["plugins"] = {"evil.py": f"open({str(witness)!r}, 'w')"}
+    manifest["suite"]["model"]["loader"] = "evil"
+    changed = content | {"manifest.json": json.dumps(manifest).encode()}
+    found = bundle.check(rezipped(changed, tmp_path / "b.zip"))
+    assert found.wrong == ()
+    assert not witness.exists()
+    assert found.computed == sum(len(record.counts) for record in Store(packed.parent / "r").records())
+
+
+def test_what_cannot_be_computed_here_is_taken_as_recorded(packed: Path, tmp_path: Path) -> None:
+    content = unzipped(packed)
+    lines = [json.loads(line) for line in content["records.jsonl"].decode().splitlines()]
+    for line in lines:
+        line["metrics"]["of-a-plug-in@identity"] = line["metrics"]["fd@identity"]
+    records = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    changed = content | {"records.jsonl": records}
+    before, after = bundle.check(packed), bundle.check(rezipped(changed, tmp_path / "b.zip"))
+    assert after.wrong == ("table.csv is not the table of the records",), "a column more"
+    assert (after.computed, after.carried) == (before.computed, before.carried + len(lines))

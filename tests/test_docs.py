@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,13 @@ def test_relative_links_and_pictures_exist() -> None:
     for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_readme_has_the_curves_of_the_baselines() -> None:
+    text = (ROOT / "README.md").read_text()
+    shown = text.partition("<!-- baselines:begin -->\n")[2].partition("\n<!-- baselines:end -->")[0]
+    make = runpy.run_path(str(ROOT / "docs" / "make.py"))
+    assert shown == make["baselines_table"](), "run `python docs/make.py baselines`"
 
 
 def test_commands_of_the_readme_can_be_planned() -> None:

@@ -129,17 +129,23 @@ class Poisoned(Solver):
 
 @register("same-in-every-batch")
 class SameInEveryBatch(Poisoned):
+    '''Samples spoiled in one way.'''
+
     def spoil(self, x, samples):
         return torch.rand(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
 
 @register("one-grey")
 class OneGrey(Poisoned):
+    '''Samples spoiled in one way.'''
+
     def spoil(self, x, samples):
         x[[i for i, sample in enumerate(samples) if sample == 37]] = 0.5
         return x
 
 @register("bytes")
 class Bytes(Poisoned):
+    '''Samples spoiled in one way.'''
+
     def spoil(self, x, samples):
         return (x + 1) * 127.5
 """

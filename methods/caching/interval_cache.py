@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from evalbench.errors import UserError
-from evalbench.interfaces import Claim, Cond, Denoiser, Edit, Features, Step, Wrap
+from evalbench.interfaces import Claim, Cond, Denoiser, Edit, Features, Step, Wrap, block_range
 from evalbench.registry import register
 
 from ._kept import Keeping, branch
@@ -64,21 +64,6 @@ class IntervalCache(Wrap):
 
     def wrap(self, denoiser: Denoiser) -> Denoiser:
         return denoiser.within(lambda inner: _Cached(inner, self))
-
-
-def block_range(where: str, text: str, n: int | None = None) -> range:
-    """`2-5` or `3` as a range of block indices.
-
-    Raises:
-        UserError: it says none, or a block that the network, of n blocks, does not have.
-    """
-    first, dash, last = text.partition("-")
-    if not first.isdecimal() or (dash and not last.isdecimal()) or int(last or first) < int(first):
-        raise UserError(f"{where}: blocks={text}: write first-last, such as 2-5")
-    found = range(int(first), int(last or first) + 1)
-    if n is not None and found[-1] >= n:
-        raise UserError(f"{where}: block {found[-1]} does not exist: the network has {n}; give blocks in 0..{n - 1}")
-    return found
 
 
 class _Cached(Keeping):

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from evalbench.errors import UserError
-from evalbench.interfaces import Claim, Cond, Denoiser, Edit, NetworkWrap, Step, Wrap
+from evalbench.interfaces import Claim, Cond, Denoiser, Edit, NetworkWrap, Step, Wrap, block_range
 from evalbench.registry import register
-
-from ..caching.interval_cache import block_range
 
 if TYPE_CHECKING:
     import numpy as np

@@ -178,7 +178,8 @@ class Training:
             self.weights, lr=self.rate, betas=(0.9, 0.99), weight_decay=0.0, capturable=self.on_gpu
         )
         self.advance: Loss = Graphed(self._advance) if self.on_gpu else self._advance
-        self.machine = torch.cuda.get_device_name() if self.on_gpu else platform.machine()
+        cores = f"{torch.get_num_threads()} of {os.cpu_count()} cores, {platform.machine()}"
+        self.machine = torch.cuda.get_device_name() if self.on_gpu else cores
         self.step, self.seconds = 0, 0.0
         self.losses: list[float] = []
         folder.mkdir(parents=True, exist_ok=True)
@@ -210,7 +211,7 @@ class Training:
                 recent.clear()
                 self.seconds = before + time.perf_counter() - started
             if self.step % save_every == 0:
-                print(f"step {self.step}/{end}  loss {self.curve[-1]:.5f}  {self.seconds:.0f} s", flush=True)
+                print(f"step {self.step}/{end}  loss {self.losses[-1]:.5f}  {self.seconds:.0f} s", flush=True)
             if saving:
                 self._save()
         with torch.no_grad():
@@ -296,12 +297,22 @@ def save_part(model: Any, folder: Path) -> None:
     """A diffusers or transformers model as float16 safetensors with its configuration."""
     model.half().save_pretrained(folder, safe_serialization=True)
     model.float()
+    _forget_paths(folder)
 
 
 def save_pipeline(pipeline: Any, folder: Path) -> None:
     """A diffusers pipeline with float16 weights."""
     pipeline.to(torch.float16).save_pretrained(folder, safe_serialization=True)
     pipeline.to(torch.float32)
+    _forget_paths(folder)
+
+
+def _forget_paths(folder: Path) -> None:
+    """Drop from configurations where a part was loaded from: a folder of this machine."""
+    for file in folder.rglob("config.json"):
+        facts = json.loads(file.read_text("utf-8"))
+        if facts.pop("_name_or_path", None) is not None:
+            file.write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
 def parameters(modules: Iterable[nn.Module]) -> int:
