@@ -51,7 +51,7 @@ def test_somebodys_model_runs_on_two_ray_workers(folder: Path) -> None:
     done = run(folder, words_of_the_page())
     assert done.returncode == 0, done.stdout + done.stderr
     table = pd.read_csv(folder / "run" / "table.csv").set_index("method")
-    assert set(table.index) == {"ddim", "heun"}
+    assert set(table.index) == {"ddim", "dpm-solver++"}
     assert (table["status"] == "ok").all()
     # images of clothes: noise is a hundred times as far from the data
     assert (table["fd@fashion64"] < 300).all()
