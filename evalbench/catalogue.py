@@ -40,8 +40,10 @@ def suite_missing(suite: Suite) -> str:
             reasons.append(str(error))
     if suite.conditions.prompts is not None:
         reasons.append(prompts.missing(suite.conditions.prompts))
-    reasons += [why_missing(suite, key) for key in suite.references if not _features_missing(key)]
-    return "; ".join(reason for reason in reasons if reason)
+    metrics = [registry.build_metric(name) for name in suite.metrics.names]
+    usable = [metric for metric in metrics if not any(map(_features_missing, metric.needs))]
+    reasons += [why_missing(suite, metric.reference_key) for metric in usable]
+    return "; ".join(dict.fromkeys(reason for reason in reasons if reason))
 
 
 def _features_missing(name: str) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +62,10 @@ def small(name: str, cache: Path) -> Suite:
     """The suite with a tiny model, four prompts and a reference of noise."""
     suite = load_suite(name)
     kind = CLASSES[name]
-    options = {"folder": str(saved(kind, cache / "models"))} | ({"size": 8} if kind == "flux" else {})
+    folder = saved(kind, cache / "models")
+    if kind == "ddim":
+        folder = bounded(folder)
+    options = {"folder": str(folder)} | ({"size": 8} if kind == "flux" else {})
     conditions = suite.conditions
     if conditions.prompts is not None:
         conditions = conditions.model_copy(update={"prompts": few(conditions.prompts, cache)})
@@ -77,6 +81,15 @@ def small(name: str, cache: Path) -> Suite:
             "image": (3, 8, 8) if kind in ("ddim", "consistency") else (3, 16, 16),
         }
     ).override(samples=4, batch=4)
+
+
+def bounded(folder: Path) -> Path:
+    """The pipeline as one that predicts x0: what a random network predicts as eps leads out of the range of images."""
+    copy = folder.with_name(f"{folder.name}-x0")
+    shutil.copytree(folder, copy, dirs_exist_ok=True)
+    config = copy / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"prediction_type": "sample"}))
+    return copy
 
 
 def few(prompts: Prompts, cache: Path) -> Prompts:
