@@ -22,8 +22,8 @@ from _mutants import HARMLESS, METRIC_MUTANTS, METRIC_ORIGINALS, MUTANTS, NFE, M
 from evalbench import runner
 from evalbench.compare import Comparison, Effect, compare_runs
 from evalbench.compare.fast import sameness
+from evalbench.compare.pairs import statistic_of
 from evalbench.compare.runs import Run, key_of
-from evalbench.metrics.differences import ROUTES
 from evalbench.runner import Request, SerialExecutor
 from evalbench.spec import load_suite
 from evalbench.store import Store
@@ -124,7 +124,7 @@ def smallest_effects(folder: Path) -> None:
         records = {r.cell.nfe: r for r in Run(Store(run)).records}
         for metric in METRICS:
             difference = paired_rows(run, metric)
-            effect = ROUTES[metric.partition("@")[0]].compute(*difference, reference(run, metric))
+            effect = statistic_of(metric)[1].compute(*difference, reference(run, metric))
             size = (1.959963984540054 + 0.8416212335729143) * effect.se
             value = records[10].metrics[metric].value
             print(f"N = {n:>6}: {metric:<24} 10 against 12 NFE: {size:.3g}, {100 * size / value:.2g} % of {value:.3g}")
@@ -139,7 +139,7 @@ def paired_rows(folder: Path, metric: str) -> tuple[np.ndarray, np.ndarray]:
     """Rows of NFE 10 and 12 for the route of a metric."""
     run = Run(Store(folder))
     records = {r.cell.nfe: r for r in run.records}
-    if ROUTES[metric.partition("@")[0]].rows == "errors":
+    if statistic_of(metric)[1].rows == "errors":
         return run.errors(records[10], "identity"), run.errors(records[12], "identity")
     return tuple(run.rows(records[k].cell.id, records[k].samples, records[k].chunk, "identity") for k in (10, 12))
 
@@ -149,7 +149,7 @@ def pairing(folder: Path) -> float:
     factors = {}
     for metric in METRICS:
         base, new = paired_rows(folder, metric)
-        route = ROUTES[metric.partition("@")[0]]
+        route = statistic_of(metric)[1]
         shuffled = new[np.random.default_rng(0).permutation(len(new))]
         paired, unpaired = (route.compute(base, other, reference(folder, metric)) for other in (new, shuffled))
         factors[metric] = (unpaired.se / paired.se) ** 2

@@ -38,6 +38,8 @@ def make_request(
     save_samples: bool = False,
     allow_small_n: bool = False,
     plugins: Sequence[str] = (),
+    model: str = "",
+    trust_remote_code: bool = False,
 ) -> Request:
     """What to run, with everything left out taken from the suite.
 
@@ -51,6 +53,8 @@ def make_request(
         variant: how a latency run executes the network: `compile,bfloat16`; empty is eager in the suite's dtype.
         save_samples: keep every image. allow_small_n: compute set distances below their least N.
         plugins: paths of Python files that register methods, metrics or models.
+        model: instead of the suite's: `FILE.py:FUNCTION(argument=value)`, a folder, or an id; see `with_model`.
+        trust_remote_code: the model's checkpoint may be a pickle.
 
     Raises:
         UserError: unknown suite or measure, value out of range, missing plug-in. (Methods and metrics are checked
@@ -72,10 +76,14 @@ def make_request(
     facts = load_suite(suite).override(samples=samples, batch=batch, dtype=dtype)
 
     from evalbench.cost.variants import Variant
+    from evalbench.own_model import with_model
     from evalbench.registry import read_plugin  # imports torch: only once the words make sense
     from evalbench.runner import Request, unique
     from evalbench.timing import Effort
 
+    sources: dict[str, str] = {}
+    if model:
+        facts, sources = with_model(facts, model, trust_remote_code=trust_remote_code)
     if variant:
         Variant.parse(variant)
     usual = Effort()
@@ -93,7 +101,7 @@ def make_request(
         variant=variant,
         save_samples=save_samples,
         allow_small_n=allow_small_n,
-        plugins=dict(read_plugin(path) for path in plugins),
+        plugins=dict(read_plugin(path) for path in plugins) | sources,
     )
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import shutil
 from typing import Any
 
-from evalbench import registry
+from evalbench import prompts, registry
+from evalbench.errors import UserError
 from evalbench.interfaces import ExtractorFamily
-from evalbench.spec import load_suite, suite_names
+from evalbench.spec import Suite, load_suite, suite_names
+from evalbench.suite_references import why_missing
 
 
 def rows(kind: str) -> list[dict[str, Any]]:
@@ -25,7 +27,27 @@ def rows(kind: str) -> list[dict[str, Any]]:
 
 def _suite_row(name: str) -> dict[str, Any]:
     suite = load_suite(name)
-    return _row(name, suite.summary, [suite.model.loader], "")
+    return _row(name, suite.summary, [suite.model.loader], suite_missing(suite))
+
+
+def suite_missing(suite: Suite) -> str:
+    """What a suite lacks on this machine, with the line to type; empty when it can run."""
+    reasons = []
+    if suite.model.loader == "diffusers":
+        try:
+            registry.build_model(suite.model.loader, suite.model.options)
+        except UserError as error:
+            reasons.append(str(error))
+    if suite.conditions.prompts is not None:
+        reasons.append(prompts.missing(suite.conditions.prompts))
+    metrics = [registry.build_metric(name) for name in suite.metrics.names]
+    usable = [metric for metric in metrics if not any(map(_features_missing, metric.needs))]
+    reasons += [why_missing(suite, metric.reference_key) for metric in usable]
+    return "; ".join(dict.fromkeys(reason for reason in reasons if reason))
+
+
+def _features_missing(name: str) -> str:
+    return registry.get("extractor", name).missing()
 
 
 def _method_rows(name: str) -> list[dict[str, Any]]:
@@ -77,6 +99,9 @@ def checkup() -> list[tuple[str, bool, str]]:
         _importable("cleanfid", "pip install clean-fid"),
         ("disk", True, f"{shutil.disk_usage('.').free / 2**30:.0f} GiB free here"),
     ]
+    for name in suite_names():
+        reason = suite_missing(load_suite(name))
+        results.append((f"suite {name}", not reason, reason or "ready"))
     for name in _extractor_names():
         reason = registry.get("extractor", name).missing()
         results.append((f"features {name}", not reason, reason or "ready"))

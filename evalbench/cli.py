@@ -38,6 +38,9 @@ app = typer.Typer(
 references = typer.Typer(help="Reference statistics of images: make, show, verify.")
 app.add_typer(references, name="reference")
 
+suites = typer.Typer(help="What suites need that is not in the package.")
+app.add_typer(suites, name="suite")
+
 Methods = Annotated[str | None, typer.Option("--methods", help="Methods, comma-separated: 'ddim(eta=0.5),unipc'.")]
 Method = Annotated[list[str] | None, typer.Option("--method", help="One method; may be repeated.")]
 Nfe = Annotated[str | None, typer.Option("--nfe", help="Budgets of network evaluations: 5,10,20.")]
@@ -72,6 +75,10 @@ SmallN = Annotated[bool, typer.Option("--allow-small-n", help="Compute set dista
 ShowPlan = Annotated[
     bool, typer.Option("--plan", help="Print cells, chunks, hours and disk, by a short probe; run nothing.")
 ]
+ModelText = Annotated[
+    str, typer.Option("--model", help="Instead of the suite's: my_model.py:load, a diffusers folder, or an id.")
+]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="The model's checkpoint may be a pickle.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
@@ -111,6 +118,8 @@ def run(
     timeout: Timeout = 3600.0,
     save_samples: Save = False,
     allow_small_n: SmallN = False,
+    model: ModelText = "",
+    trust_remote_code: Trust = False,
     plan: ShowPlan = False,
     until: Annotated[str, typer.Option("--until", help="decided: stop each cell when its verdict stands.")] = "",
     against: Annotated[Path | None, typer.Option("--against", help="Run folder that --until decides against.")] = None,
@@ -138,6 +147,8 @@ def run(
         save_samples=save_samples,
         allow_small_n=allow_small_n,
         plugins=plugin or [],
+        model=model,
+        trust_remote_code=trust_remote_code,
     )
     folder = out or Path("results/runs") / request.suite.name
     if plan:
@@ -373,6 +384,20 @@ def verify(
     verify_command(file, source)
 
 
+@suites.command()
+def fetch(
+    name: Annotated[str, typer.Argument(help="Suite name.")],
+    source: Annotated[
+        Path | None, typer.Option("--from", help="Folder with the files, in place of a download.")
+    ] = None,
+) -> None:
+    """Model, prompts and images of a suite into EVALBENCH_CACHE; licences and sizes first."""
+    from evalbench.fetching import fetch_suite
+
+    for line in fetch_suite(name, source):
+        print(line)
+
+
 @app.command()
 def weights(
     names: Annotated[
@@ -388,7 +413,7 @@ def weights(
 @app.command()
 def export(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder made with --save-samples.")],
-    layout: Annotated[str, typer.Option("--layout", help="folder or adm-npz.")] = "folder",
+    layout: Annotated[str, typer.Option("--layout", help="folder, adm-npz, geneval or dpg.")] = "folder",
     to: Annotated[Path | None, typer.Option("--to", help="Where; default RUN/export.")] = None,
 ) -> None:
     """Samples of every cell for other tools, with a manifest."""
@@ -484,6 +509,19 @@ def claims(
         _compute(lambda make, bar: found.run(chosen, out, make, bar, plugins), placement)
     folders = runs or sorted(file.parent for file in out.glob("*/manifest.json"))
     raise typer.Exit(found.claims_command(chosen, folders, json_=json_, ledger=ledger))
+
+
+@app.command()
+def check(
+    suite: Annotated[str, typer.Argument(help="Suite name, or the path of a TOML.")],
+    model: ModelText = "",
+    trust_remote_code: Trust = False,
+) -> None:
+    """Whether a model is called as it was trained: denoise real images; exit 2 names what looks wrong."""
+    request = make_request(suite, model=model, trust_remote_code=trust_remote_code)
+    from evalbench.conventions import check_command
+
+    print(check_command(request.suite, request.plugins))
 
 
 @app.command()

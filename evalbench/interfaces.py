@@ -780,8 +780,10 @@ class Model(Registered, ABC):
         shape: shape of one sample. num_classes: 0 for an unconditional model.
         is_image: `decode` makes images in [-1, 1] of samples, which become uint8.
         provides: capabilities for methods (`labels` when a null label exists).
+        reads_texts: it is conditioned on captions, not on labels.
     """
 
+    reads_texts: bool = False
     kind: ClassVar[str] = "model"
     native: ClassVar[Want] = "x0"
     is_image: ClassVar[bool] = False
@@ -821,6 +823,15 @@ class Model(Registered, ABC):
     def decode(self, x: torch.Tensor) -> torch.Tensor:
         """Samples as images in [-1, 1], (B, C, H, W), of an image model; latents go through the decoder here."""
         return x
+
+    def cuts(self, text: str) -> bool:
+        """Whether a text is longer than what the model's encoders read, so that its end is lost."""
+        return False
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """(C, H, W) of what `decode` makes; empty where it is not known before."""
+        return self.shape if self.is_image else ()
 
     def to(self, dtype: torch.dtype, device: torch.device) -> None:
         """Load the weights, in `dtype` on `device`; called once before `predict`."""

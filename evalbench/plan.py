@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from evalbench import registry, sampling, worker
+from evalbench import conventions, registry, sampling, worker
 from evalbench.cost.budget import BudgetUnit
 from evalbench.errors import UserError
 from evalbench.interfaces import Metric
 from evalbench.reduce import paired_parts, parts_of
 from evalbench.spec import Cell, Chunk, Solution, Suite, chunks_of, content_id
+from evalbench.suite_references import why_missing
 from evalbench.timing import Effort
 
 
@@ -114,6 +115,8 @@ def make_plan(request: Request) -> Plan:
     for name, source in request.plugins.items():
         registry.load_plugin(source, name)
     worker.check_suite(request.suite)
+    if request.suite.model.loader == "module":  # nobody here has seen it
+        conventions.check_suite(request.suite)
     metrics = tuple(registry.build_metric(metric) for metric in request.metrics)
     for values, option in (
         (request.nfe, "--nfe"),
@@ -139,6 +142,9 @@ def make_plan(request: Request) -> Plan:
     _check_methods(request, cells.values())
     reasons = {metric.id: _why_unavailable(metric) for metric in metrics}
     usable = tuple(metric for metric in metrics if not reasons[metric.id])
+    for metric in usable:
+        if why := why_missing(request.suite, metric.reference_key):
+            raise UserError(f"metric '{metric.id}': {why}")
     return Plan(request, tuple(cells.values()), usable, {name: why for name, why in reasons.items() if why})
 
 

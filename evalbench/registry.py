@@ -146,7 +146,7 @@ class _TextLoader(importlib.abc.SourceLoader):
 
 def load_plugin(source: str, filename: str) -> ModuleType:
     """Import a plug-in from its text; its `@register` lines take effect. Loading the same text twice does nothing."""
-    module_name = f"evalbench_plugin_{hashlib.sha256(source.encode()).hexdigest()[:16]}"
+    module_name = _plugin_name(hashlib.sha256(source.encode()).hexdigest())
     if module_name in sys.modules:
         return sys.modules[module_name]
     spec = importlib.util.spec_from_loader(module_name, _TextLoader(source, filename))
@@ -163,6 +163,22 @@ def load_plugin(source: str, filename: str) -> ModuleType:
         del sys.modules[module_name]
         raise UserError(f"plug-in {filename} does not import: {type(error).__name__}: {error}") from error
     return module
+
+
+def plugin_module(digest: str) -> ModuleType:
+    """A plug-in that was loaded, by the SHA-256 of its text.
+
+    Raises:
+        UserError: it was not loaded in this process.
+    """
+    name = _plugin_name(digest)
+    if name not in sys.modules:
+        raise UserError("the file of --model is not loaded; give --model FILE.py:FUNCTION again")
+    return sys.modules[name]
+
+
+def _plugin_name(digest: str) -> str:
+    return f"evalbench_plugin_{digest[:16]}"
 
 
 def read_plugin(path: str) -> tuple[str, str]:
@@ -386,14 +402,26 @@ def _build_part(kind: str, name: str, args: str | None) -> Method:
     settings: dict[str, Any] = {}
     if cls.name.endswith(":*"):
         settings["target"] = name.partition(":")[2]
-    for entry in _split(args, ",") if args and args.strip() else []:
+    for key, value in parse_arguments(args or "", where=name).items():
+        settings[key] = value
+    return _construct(cls, name, settings)  # type: ignore[no-any-return]
+
+
+def parse_arguments(text: str, *, where: str) -> dict[str, Any]:
+    """What stands between the parentheses of `name(x=1,y=abc)`, by key.
+
+    Raises:
+        UserError: an entry without a value, or a key given twice.
+    """
+    found: dict[str, Any] = {}
+    for entry in _split(text, ",") if text.strip() else []:
         key, equals, value = (piece.strip() for piece in entry.partition("="))
         if not equals:
-            raise UserError(f"setting '{entry}' of '{name}' needs a value: write {name}({entry}=...)")
-        if key in settings:
-            raise UserError(f"setting '{key}' of '{name}' is given twice")
-        settings[key] = _literal(value)
-    return _construct(cls, name, settings)  # type: ignore[no-any-return]
+            raise UserError(f"setting '{entry}' of '{where}' needs a value: write {where}({entry}=...)")
+        if key in found:
+            raise UserError(f"setting '{key}' of '{where}' is given twice")
+        found[key] = _literal(value)
+    return found
 
 
 def _literal(value: str) -> Any:

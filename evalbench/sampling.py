@@ -20,6 +20,7 @@ from evalbench.metrics.images import to_uint8
 from evalbench.noise import NoiseSource
 from evalbench.paths import Path as NoisePath
 from evalbench.paths import grid, make_path
+from evalbench.prompts import read_prompts
 from evalbench.registry import Chain
 from evalbench.spec import Cell, ModelSpec, Suite
 
@@ -123,8 +124,12 @@ def conditions(suite: Suite, model: Model, indices: Sequence[int], device: torch
     measured = model.measure(indices, MEASUREMENTS)
     if suite.conditions.labels == "none":
         return Cond(measured=measured)
+    if suite.conditions.prompts is not None:
+        prompts = read_prompts(suite.conditions.prompts)
+        return Cond(captions=tuple(prompts[i % len(prompts)].text for i in indices), measured=measured)
     labels = [i % suite.conditions.classes for i in indices]
-    captions = tuple(model.caption(label) for label in labels) if model.is_image else None
+    described = model.is_image and type(model).caption is not Model.caption
+    captions = tuple(model.caption(label) for label in labels) if described else None
     return Cond(torch.tensor(labels, dtype=torch.int64, device=device), captions, measured)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from evalbench import registry, runner
-from evalbench.compare.pairs import Pair
+from evalbench.compare.pairs import Pair, statistic_of
 from evalbench.compare.runs import Key, NotComparable, Run, title_of
 from evalbench.compare.tolerances import check_tolerances
 from evalbench.compare.words import FINE, LEVEL, NOT_COMPARABLE, REGRESSION, Effect
@@ -131,18 +131,18 @@ class _Cell:
 
     def _looks(self, metric: str, old: Record) -> tuple[int, ...]:
         """Numbers of samples, whole chunks; of a Frechet distance at least 8 d more each."""
-        name, _, arg = metric.partition("@")
-        if name not in ROUTES:
-            raise NotComparable(f"no paired statistic for '{metric}'")
+        built, route = statistic_of(metric)
         if metric not in old.metrics:
             raise NotComparable(f"'{metric}' has no value in BASE")
         planned, chunk = old.samples, old.chunk or old.samples
         steps = [round(planned * k / _LOOKS) for k in range(1, _LOOKS + 1)]
-        if name.startswith("fd"):
+        if route is ROUTES["fd"]:
             first = chunks_of(old.cell.id, planned, chunk)[0]
-            rows = self.base.chunk(first).get(arg)
+            rows = self.base.chunk(first).get(built.needs[0])
             if rows is None:
-                raise NotComparable(f"feature arrays missing: '{arg}' is not in the chunks of {self.base.store.folder}")
+                raise NotComparable(
+                    f"feature arrays missing: '{built.needs[0]}' is not in the chunks of {self.base.store.folder}"
+                )
             steps = list(frechet_looks(planned, int(rows[0].size), _LOOKS))
         return tuple(sorted({min(planned, -(-step // chunk) * chunk) for step in steps}))
 

@@ -10,7 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from evalbench.errors import EvalbenchError, UserError, unknown
 
@@ -48,11 +48,47 @@ class PathSpec(Frozen):
     options: dict[str, Any] = {}
 
 
-class Conditions(Frozen):
-    """What samples are conditioned on. `cyclic`: sample i has label i mod classes; `none`: unconditional."""
+class Prompts(Frozen):
+    """A list of prompts: a file in the user's data folder (`prompts` in EVALBENCH_CACHE), known by its digest.
 
-    labels: Literal["cyclic", "none"] = "none"
+    Attributes:
+        file, sha256: its name and bytes. source, licence: where it comes from, and what is stated there.
+        format: `tsv` or `csv` with a header, `pairs` (id, tab, prompt), `jsonl`, `lines`, or `coco` (annotations: the
+            caption of least id of each image, by image id).
+        text, category, id: columns or keys; without `id` a prompt's id is its number, from 0.
+        rows: how many prompts there are.
+    """
+
+    file: str
+    sha256: str
+    source: str
+    licence: str
+    format: Literal["tsv", "csv", "pairs", "jsonl", "lines", "coco"]
+    text: str = ""
+    category: str = ""
+    id: str = ""
+    rows: int = Field(gt=0)
+
+
+class Conditions(Frozen):
+    """What samples are conditioned on.
+
+    `cyclic`: sample i has label i mod classes; `prompts`: sample i has prompt i mod rows; `none`: unconditional.
+    """
+
+    labels: Literal["cyclic", "none", "prompts"] = "none"
     classes: int = Field(0, ge=0)
+    prompts: Prompts | None = None
+
+    @model_validator(mode="after")
+    def _has_prompts(self) -> Conditions:
+        if (self.labels == "prompts") != (self.prompts is not None):
+            raise ValueError("labels = 'prompts' needs [conditions.prompts], which needs it")
+        return self
+
+    def facts(self) -> dict[str, Any]:
+        """What decides the conditions of a sample."""
+        return self.model_dump(exclude=None if self.prompts else {"prompts"})
 
 
 class Sampling(Frozen):
@@ -92,7 +128,8 @@ class Solution(Frozen):
 class Reference(Frozen):
     """Reference statistics of one feature: a file with its hash, or `model = true` for the model's exact moments.
 
-    `file` is relative to the suite's TOML; the prefix `evalbench:` means a file inside the package.
+    `file` is relative to the suite's TOML; the prefix `evalbench:` means a file inside the package, `cache:` one in the
+    user's EVALBENCH_CACHE. `sha256 = "unverified"`: recorded at first use.
     """
 
     file: str = ""
@@ -114,7 +151,9 @@ class Suite(Frozen):
     """A standard suite: facts only, versioned.
 
     `methods` are what `evalbench run SUITE` runs when `--methods` is not given; `roles` are further models on the same
-    path (`small`, `student`, `guide`) for methods that use several.
+    path (`small`, `student`, `guide`) for methods that use several. `image` is the (C, H, W) of a finished image;
+    `images` names real ones: `evalbench:fashion-test`, or a dataset that `evalbench suite fetch` knows. `source` and
+    `licence` are those of the data.
     """
 
     schema_: int = Field(SCHEMA, alias="schema")
@@ -131,6 +170,10 @@ class Suite(Frozen):
     solution: Solution | None = None
     floors: tuple[Floor, ...] = ()
     methods: tuple[str, ...] = ()
+    image: tuple[int, ...] = ()
+    images: str = ""
+    source: str = ""
+    licence: str = ""
     folder: str = Field("", exclude=True)  # where relative files are looked up; not part of the facts
 
     def generation(self) -> dict[str, Any]:
@@ -143,13 +186,19 @@ class Suite(Frozen):
             "version": self.version,
             "model": self.model.model_dump(),
             "path": self.path.model_dump() if self.path else None,
-            "conditions": self.conditions.model_dump(),
+            "conditions": self.conditions.facts(),
             "sampling": sampling,
         }
 
     def content(self) -> dict[str, Any]:
         """All facts, JSON-able."""
-        return self.model_dump(mode="json", by_alias=True)
+        found = self.model_dump(mode="json", by_alias=True)
+        for later in ("image", "images", "source", "licence"):  # the id of a suite without them is what it was
+            if not found[later]:
+                del found[later]
+        if found["conditions"]["prompts"] is None:
+            del found["conditions"]["prompts"]
+        return found
 
     @property
     def id(self) -> str:

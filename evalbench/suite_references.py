@@ -10,11 +10,14 @@ import numpy as np
 
 from evalbench.errors import UserError
 from evalbench.spec import Reference, Suite
+from evalbench.weights import UNVERIFIED, cache, check_pinned
 
 
 def reference_file(suite: Suite, reference: Reference) -> Path:
-    """Where a reference file lies: inside the package, or beside the suite's TOML."""
+    """Where a reference file lies: inside the package, in the user's cache, or beside the suite's TOML."""
     inside, _, name = reference.file.partition(":")
+    if inside == "cache" and name:
+        return cache().joinpath(*name.split("/"))
     if inside == "evalbench" and name:
         return Path(str(files("evalbench"))).joinpath(*name.split("/"))
     return Path(suite.folder) / reference.file
@@ -28,6 +31,9 @@ def check_reference_file(suite: Suite, key: str) -> None:
     """
     reference = suite.references[key]
     file = reference_file(suite, reference)
+    if reference.sha256 == UNVERIFIED:
+        check_pinned(file, UNVERIFIED)
+        return
     if not file.is_file():
         raise UserError(f"suite '{suite.name}': reference '{key}' names {file}, which does not exist")
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
@@ -36,6 +42,21 @@ def check_reference_file(suite: Suite, key: str) -> None:
             f"suite '{suite.name}': reference '{key}' has SHA-256 {digest[:16]}..., the suite says "
             f"{reference.sha256[:16] or 'nothing'}...; restore the file or correct the suite"
         )
+
+
+def why_missing(suite: Suite, key: str) -> str:
+    """What to type when a reference of the user's cache has not been made; empty when it is there."""
+    reference = suite.references.get(key)
+    if reference is None or not reference.file.startswith("cache:"):
+        return ""
+    file = reference_file(suite, reference)
+    if file.is_file():
+        return ""
+    images = cache() / "images" / f"{suite.images}.npz"
+    line = f"evalbench reference make {images} --features {key} --out {file}"
+    return f"suite '{suite.name}': reference '{key}' has not been made; type: {line}" + (
+        "" if images.exists() else f" (after: evalbench suite fetch {suite.name})"
+    )
 
 
 def read_reference(suite: Suite, key: str) -> dict[str, np.ndarray]:

@@ -118,20 +118,33 @@ def find(weights: Weights, name: str = "") -> Path:
     if why := missing(weights, name):
         raise UserError(f"weights not found; {why}")
     path = folder() / weights.file
-    digest, pinned = sha256(path), expected(weights)
-    if pinned == UNVERIFIED:
-        _record(path, digest)
-    elif digest != pinned:
-        raise UserError(f"{path} has SHA-256 {digest}, expected {pinned}; remove it and fetch it again")
+    check_pinned(path, weights.sha256)
     return path
+
+
+def check_pinned(path: Path, pinned: str) -> None:
+    """Whether a file is the one with a digest; of an `unverified` one the digest of its first use is recorded.
+
+    Raises:
+        UserError: it is another file.
+    """
+    digest, known_as = sha256(path), _expected(path, pinned)
+    if known_as == UNVERIFIED:
+        _record(path, digest)
+    elif digest != known_as:
+        raise UserError(f"{path} has SHA-256 {digest}, expected {known_as}; remove it and fetch it again")
 
 
 def expected(weights: Weights) -> str:
     """The digest that counts: the published one, else the one recorded at first use, else `unverified`."""
-    note = _note(folder() / weights.file)
-    if weights.sha256 == UNVERIFIED and note.is_file():
+    return _expected(folder() / weights.file, weights.sha256)
+
+
+def _expected(path: Path, pinned: str) -> str:
+    note = _note(path)
+    if pinned == UNVERIFIED and note.is_file():
         return note.read_text("utf-8").split()[0]
-    return weights.sha256
+    return pinned
 
 
 def sha256(path: Path) -> str:

@@ -21,13 +21,14 @@ import torch
 from evalbench import environment, registry, sampling
 from evalbench.cost.ledger import Ledger
 from evalbench.errors import BadSamples, Unsupported, UserError, some
-from evalbench.interfaces import Artifact, Extractor, Model, Parts, SampleBatch
+from evalbench.interfaces import Artifact, Cond, Extractor, Model, Parts, SampleBatch
 from evalbench.metrics.images import check_finite, check_images, to_uint8
 from evalbench.preparation import Prepared, prepare
+from evalbench.prompts import read_prompts
 from evalbench.registry import Chain
 from evalbench.sampling import Setup, conditions, decoded_of, noise_path, sample, setup_of
 from evalbench.spec import GRID_SAMPLES, Cell, Chunk, Failure, Suite
-from evalbench.suite_references import check_reference_file, read_reference
+from evalbench.suite_references import check_reference_file, read_reference, why_missing
 
 _DIGEST = "digest"  # the array of a batch that becomes a fact of the chunk
 
@@ -160,12 +161,27 @@ def _failure(error: Exception) -> Failure:
 
 
 def _check_conditions(suite: Suite, model: Model) -> None:
+    """Whether a model can be asked what the suite asks, and makes images of the suite's size."""
+    if suite.conditions.prompts is not None:
+        read_prompts(suite.conditions.prompts)
+        if not model.reads_texts:
+            raise UserError(f"suite '{suite.name}' has prompts, but model '{suite.model.loader}' reads no texts")
+    made = model.image_shape
+    if suite.image and made and made != suite.image:
+        raise UserError(
+            f"suite '{suite.name}' has images of {_size(suite.image)}, but the model makes {_size(made)}; "
+            "take another suite, or a model of that size"
+        )
     wanted = suite.conditions.classes if suite.conditions.labels == "cyclic" else 0
     if wanted > model.num_classes:
         raise UserError(
             f"suite '{suite.name}': conditions.classes = {wanted}, but model '{suite.model.loader}' has "
             f"{model.num_classes} classes"
         )
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
 
 
 def _compute(job: Job, setup: Setup, extractors: Mapping[str, Extractor]) -> dict[str, np.ndarray]:
@@ -217,7 +233,12 @@ def _batch(
         _check_features(name, rows, indices[:keep])
     if batch.images is not None:
         arrays[_DIGEST] = _digests(x[:keep])
-    return arrays | _counts(ledger, keep) | _kept_images(batch, indices, keep, job.keep_images)
+    return (
+        arrays
+        | _counts(ledger, keep)
+        | _cut(cond, setup.model, keep, job.suite.conditions.prompts is not None)
+        | _kept_images(batch, indices, keep, job.keep_images)
+    )
 
 
 def _check(batch: SampleBatch, decoded: torch.Tensor | None, ids: Sequence[int]) -> None:
@@ -245,6 +266,13 @@ def _counts(ledger: Ledger, keep: int) -> dict[str, np.ndarray]:
         counts["backward"] = ledger.backward
     counts["depth"] = np.full(ledger.batch, float(ledger.depth))
     return {f"count:{name}": values[:keep] for name, values in counts.items()}
+
+
+def _cut(cond: Cond, model: Model, keep: int, prompts: bool) -> dict[str, np.ndarray]:
+    """1 for a sample whose prompt is longer than what the model's encoders read, of a suite with prompts."""
+    if cond.captions is None or not (prompts and model.reads_texts):
+        return {}
+    return {"count:prompts_cut": np.array([float(model.cuts(text)) for text in cond.captions[:keep]])}
 
 
 def _kept_images(batch: SampleBatch, indices: range, keep: int, keep_all: bool) -> dict[str, np.ndarray]:
@@ -275,7 +303,7 @@ def check_suite(suite: Suite) -> None:
     noise_path(suite, model)
     _check_conditions(suite, model)
     for key, reference in suite.references.items():
-        if reference.model:
+        if reference.model or why_missing(suite, key):  # what a metric then lacks, the plan says
             continue
         check_reference_file(suite, key)
 
@@ -284,6 +312,8 @@ def load_reference(suite: Suite, key: str, plugins: Mapping[str, str]) -> Parts 
     """Arrays of a reference; None when the suite has none under that key."""
     reference = suite.references.get(key)
     if reference is None:
+        return None
+    if why_missing(suite, key):
         return None
     if reference.model:
         return setup_of(suite, plugins).model.reference(key)

@@ -56,7 +56,9 @@ ARROWS: dict[str, set[str]] = {
     "status": {"observer", "progress", "store"},
     "store": {"spec", "durable"},
     "reduce": {"metrics", "store", "stats"},
-    "suite_references": {"spec"},
+    "suite_references": {"spec", "weights"},
+    "prompts": {"spec", "weights"},
+    "conventions": {"sampling"},
     "compare": {
         "stats",
         "store",
@@ -70,7 +72,7 @@ ARROWS: dict[str, set[str]] = {
     "sequential": {"looks", "compare", "runner"},
     "published": {"spec"},
     "report": {"store", "stats", "cost.speedup", "published"},
-    "sampling": {"models", "engine", "cost", "environment", "metrics"},
+    "sampling": {"models", "engine", "cost", "environment", "metrics", "prompts"},
     "preparation": {"sampling", "metrics"},
     "worker": {"preparation", "suite_references"},
     "timing": {"sampling", "metrics"},
@@ -78,7 +80,7 @@ ARROWS: dict[str, set[str]] = {
     "execution": {"failures", "timing"},
     "cluster": {"execution"},
     "shards": {"failures", "leases"},
-    "plan": {"worker", "timing", "reduce"},
+    "plan": {"worker", "timing", "reduce", "conventions"},
     "artifacts": {"worker", "store"},
     "claim_words": {"stats", "interfaces"},
     "claims": {"claim_words", "runner", "report"},  # report: the rendering

@@ -29,9 +29,11 @@ from evalbench.compare import (
     parse_tolerances,
     word_of,
 )
+from evalbench.compare.pairs import statistic_of
+from evalbench.compare.runs import NotComparable
 from evalbench.compare.words import decide
 from evalbench.errors import EvalbenchError, UserError
-from evalbench.metrics.differences import ROUTES, Difference, TooFewSamples
+from evalbench.metrics.differences import ROUTES, Difference, TooFewSamples, route_of
 from evalbench.metrics.frechet import frechet_distance, moments, unpack_statistics
 from evalbench.report import verdicts
 from evalbench.spec import MetricValue, load_suite
@@ -89,8 +91,7 @@ def share(x: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("rho", [0.0, 0.9])
 @pytest.mark.parametrize(
     ("route", "score"),
-    [("accuracy", share), ("align", np.tanh), ("mode-distance", np.exp), ("shortfall", np.tanh)]
-    + [(f"paired-{q}", np.exp) for q in ("median", "p90")],
+    [("mean", share), ("mean", np.tanh), ("mean", np.exp)] + [(f"paired-{q}", np.exp) for q in ("median", "p90")],
 )
 def test_scores_and_errors_keep_their_level(route: str, score: Callable[..., Any], rho: float) -> None:
     def compute(key: int) -> Difference:
@@ -108,7 +109,7 @@ def test_rms_keeps_its_level() -> None:
     assert alarms(compute) <= LIMIT
 
 
-@pytest.mark.parametrize("route", ["accuracy", "paired-median", "paired-p90", "paired-rms"])
+@pytest.mark.parametrize("route", ["mean", "paired-median", "paired-p90", "paired-rms"])
 def test_pairing_shortens_the_interval_and_the_sign_is_new_minus_base(route: str) -> None:
     base = np.exp(generator(1).standard_normal(400))
     new = 1.1 * base
@@ -118,10 +119,26 @@ def test_pairing_shortens_the_interval_and_the_sign_is_new_minus_base(route: str
     assert paired.se < shuffled.se / 2
 
 
-def test_a_shortfall_falls_where_its_reward_rises() -> None:
-    base = generator(1).standard_normal(100)
-    reward, shortfall = (ROUTES[name].compute(base, base + 0.5, {}) for name in ("reward", "shortfall"))
-    assert shortfall.value == -reward.value == pytest.approx(-0.5)
+@pytest.mark.parametrize(
+    ("metric", "route"),
+    [
+        *((name, "fd") for name in ("fd@identity", "fd_to_converged@fashion64", "fid@clean", "sfid@adm")),
+        *(
+            (name, "mean")
+            for name in ("accuracy@fashion-classifier", "shortfall@reward-target", "clip@ViT-B-32:openai")
+        ),
+        ("kid@identity", "kid"),
+        ("nll-gap@token-nll", "nll-gap"),
+    ],
+)
+def test_a_metric_is_compared_as_what_it_derives_from(metric: str, route: str) -> None:
+    assert route_of(registry.build_metric(metric)) is ROUTES[route]
+
+
+@pytest.mark.parametrize("metric", ["is@tf1", "posterior-spread@posterior", "consistency@posterior", "sw@identity"])
+def test_a_metric_without_a_paired_statistic_says_so(metric: str) -> None:
+    with pytest.raises(NotComparable, match=f"no paired statistic for '{metric}'"):
+        statistic_of(metric)
 
 
 @pytest.mark.parametrize(("route", "reference"), [("fd", EXACT), ("kid", DRAWS)])

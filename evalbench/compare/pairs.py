@@ -9,11 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from evalbench import registry
 from evalbench.compare.runs import NotComparable, Run, chunk_size
 from evalbench.compare.tolerances import default_tolerance
 from evalbench.compare.words import Effect
+from evalbench.errors import UserError
+from evalbench.interfaces import Metric
 from evalbench.metrics.common import Array
-from evalbench.metrics.differences import ROUTES, Difference, Route, TooFewSamples
+from evalbench.metrics.differences import Difference, Route, TooFewSamples, route_of
+from evalbench.metrics.persample import PerSampleScore
 from evalbench.spec import MetricValue, Record
 from evalbench.store import Store
 
@@ -68,15 +72,12 @@ class Pair:
         Raises:
             NotComparable: with the reason.
         """
-        name, _, arg = metric.partition("@")
-        if name not in ROUTES:
-            raise NotComparable(f"no paired statistic for '{metric}'")
-        route = ROUTES[name]
-        self._check_protocol(route, arg)
+        built, route = statistic_of(metric)
+        self._check_protocol(route, built)
         for side, record in zip(("BASE", "NEW"), self._records, strict=True):
             self._value(side, record, metric)
-        reference = self._reference(route.reference.format(arg)) if route.reference else {}
-        base, new = (self._rows(run, record, route, arg) for run, record in zip(self.runs, self._records, strict=True))
+        reference = self._reference(built.reference_key) if built.reference_key else {}
+        base, new = (_rows(run, record, route, built) for run, record in zip(self.runs, self._records, strict=True))
         try:
             return route, route.compute(base, new, reference)
         except TooFewSamples as error:
@@ -90,9 +91,9 @@ class Pair:
             except NotComparable:
                 continue
 
-    def _check_protocol(self, route: Route, arg: str) -> None:
-        keys = {"features": arg, "references": route.reference.format(arg)}
-        for fact, key in keys.items():
+    def _check_protocol(self, route: Route, metric: Metric[Any]) -> None:
+        keys = [*(("features", name) for name in metric.needs), ("references", metric.reference_key)]
+        for fact, key in keys:
             sides = [record.protocol_facts.get(fact, {}).get(key) for record in self._records]
             _same(sides[0], sides[1], f"{fact}.{key}")
         if route.rows == "errors":
@@ -111,12 +112,6 @@ class Pair:
         if base is not new and not _alike(base, new):
             raise NotComparable(f"reference '{key}' differs: its model computes other arrays in NEW")
         return base
-
-    def _rows(self, run: Run, record: Record, route: Route, arg: str) -> Array:
-        if route.rows == "errors":
-            return run.errors(record, arg)
-        rows = run.rows(record.cell.id, record.samples, chunk_size(record), arg)
-        return rows[:, 0] if route.rows == "scores" else rows
 
     def _effect(self, metric: str, route: Route, values: Sequence[MetricValue], found: Difference) -> Effect:
         return Effect(
@@ -166,6 +161,33 @@ class Pairs:
             return self._run.solution_cell(record).id
         except NotComparable:
             return None
+
+
+def statistic_of(name: str) -> tuple[Metric[Any], Route]:
+    """The metric of an id, and how two cells are compared in it.
+
+    Raises:
+        NotComparable: it cannot be built here, or there is no way.
+    """
+    try:
+        metric = registry.build_metric(name)
+    except UserError as error:
+        raise NotComparable(str(error)) from None
+    route = route_of(metric)
+    if route is None:
+        raise NotComparable(f"no paired statistic for '{name}'")
+    return metric, route
+
+
+def _rows(run: Run, record: Record, route: Route, metric: Metric[Any]) -> Array:
+    """What a route computes its difference from, see `Route.rows`."""
+    if route.rows == "errors":
+        return run.errors(record, metric.arg)
+    arrays = {name: run.rows(record.cell.id, record.samples, chunk_size(record), name) for name in metric.needs}
+    if route.rows == "scores":
+        assert isinstance(metric, PerSampleScore)
+        return metric.per_sample(arrays)
+    return arrays[metric.needs[0]]
 
 
 def _same(base: Any, new: Any, where: str) -> None:

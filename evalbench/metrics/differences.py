@@ -14,16 +14,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from evalbench.interfaces import Parts
+from evalbench.interfaces import Metric, Parts
 from evalbench.metrics.common import Array, reference_rows
 from evalbench.metrics.estimate import Compute, Difference, TooFewSamples, from_influence, with_error
 from evalbench.metrics.exact_differences import nll_difference, pair_tv_difference, posterior_difference
 from evalbench.metrics.frechet import unpack_statistics
 from evalbench.metrics.kernel import mmd2
+from evalbench.metrics.persample import PerSampleScore
 from evalbench.metrics.unbiased import paired_difference
 
 Rows: TypeAlias = Literal["features", "scores", "errors"]
@@ -34,16 +35,14 @@ class Route:
     """How two cells are compared in one metric.
 
     Attributes:
-        statistic: what is compared, in words. rows: what it is computed from: feature rows (N, D), one score per
-            sample (N,), or the paired error of each sample (N,).
-        compute: (base, new, reference) -> Difference. reference: key of the reference, `{}` for the features' name;
-            empty when it needs none.
+        statistic: what is compared, in words. rows: what it is computed from: the feature rows (N, D) that the metric
+            needs, its score of each sample (N,), or the paired error of each sample (N,).
+        compute: (base, new, reference) -> Difference; the reference is the metric's, empty for one without.
     """
 
     statistic: str
     rows: Rows
     compute: Compute
-    reference: str = ""
 
 
 def frechet_difference(base: Array, new: Array, reference: Parts, clusters: np.ndarray | None = None, /) -> Difference:
@@ -85,13 +84,6 @@ def mean_difference(base: Array, new: Array, reference: Parts, clusters: np.ndar
     _need_two(base)
     gap = new - base
     return from_influence(float(gap.mean()), gap, clusters)
-
-
-def shortfall_difference(
-    base: Array, new: Array, reference: Parts, clusters: np.ndarray | None = None, /
-) -> Difference:
-    """Of a reward's rows: what is missing falls where the reward rises."""
-    return mean_difference(-base, -new, reference, clusters)
 
 
 def rms_difference(base: Array, new: Array, reference: Parts, clusters: np.ndarray | None = None, /) -> Difference:
@@ -139,17 +131,14 @@ def _sparsity(x: Array, q: float) -> float:
     return float(high - low) / (2 * h)
 
 
-__all__ = ["ROUTES", "Difference", "Route", "TooFewSamples"]
+__all__ = ["ROUTES", "Difference", "Route", "TooFewSamples", "route_of"]
+
+MEAN = "mean"  # the route of every metric with one number per sample
 
 ROUTES: Mapping[str, Route] = {
-    "fd": Route("paired difference without its bias", "features", frechet_difference, "{}"),
-    "fd_to_converged": Route("paired difference without its bias", "features", frechet_difference, "converged/{}"),
-    "kid": Route("unbiased paired difference", "features", kernel_difference, "{}"),
-    "accuracy": Route("paired difference of means", "scores", mean_difference),
-    "align": Route("paired difference of means", "scores", mean_difference),
-    "mode-distance": Route("paired difference of means", "scores", mean_difference),
-    "reward": Route("paired difference of means", "scores", mean_difference),
-    "shortfall": Route("paired difference of means", "scores", shortfall_difference),
+    "fd": Route("paired difference without its bias", "features", frechet_difference),
+    "kid": Route("unbiased paired difference", "features", kernel_difference),
+    MEAN: Route("paired difference of means", "scores", mean_difference),
     "paired-median": Route("paired difference of medians", "errors", quantile_difference(0.5)),
     "paired-p90": Route("paired difference of 90th percentiles", "errors", quantile_difference(0.9)),
     "paired-rms": Route("paired difference of root mean squares", "errors", rms_difference),
@@ -158,6 +147,17 @@ ROUTES: Mapping[str, Route] = {
     ),
     "posterior-rmse": Route("paired difference over measurements", "features", posterior_difference("posterior-rmse")),
     "recovery-snr": Route("paired difference over measurements", "features", posterior_difference("recovery-snr")),
-    "nll-gap": Route("paired difference of distances to the entropy", "scores", nll_difference, "{}"),
-    "pair-tv": Route("paired difference, extrapolated in N^-1/2", "features", pair_tv_difference, "{}"),
+    "nll-gap": Route("paired difference of distances to the entropy", "scores", nll_difference),
+    "pair-tv": Route("paired difference, extrapolated in N^-1/2", "features", pair_tv_difference),
 }
+
+
+def route_of(metric: Metric[Any]) -> Route | None:
+    """How two cells are compared in a metric; None where there is no way.
+
+    By its own name, else as what it derives from: `fid`, `sfid` and `fd_to_converged` as `fd`, and any
+    `PerSampleScore` by its mean. A metric of a plug-in is compared in the same way.
+    """
+    names = [vars(kind).get("name", "") for kind in type(metric).__mro__]
+    names += [MEAN] if isinstance(metric, PerSampleScore) else []
+    return next((ROUTES[name] for name in names if name in ROUTES), None)

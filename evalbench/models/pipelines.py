@@ -407,6 +407,7 @@ class DiffusersPipeline(Model):
         self._path, self._native, self._steps = schedule(self._folder)
         self.shape = self.network.shape
         self.num_classes = self.network.classes
+        self.reads_texts = isinstance(self.network, TextNetwork)
         inside = {"blocks", "split"} if has_blocks(str(self.network.config["_class_name"])) else set()
         null = {"labels"} if self.network.has_null else set()
         self.provides = frozenset({"gradient", "network"} | inside | null)
@@ -447,6 +448,16 @@ class DiffusersPipeline(Model):
                 f"weights in {self._folder.path} have SHA-256 {digest[:16]}..., the suite says {self.sha256[:16]}...; "
                 "restore the files or correct the suite"
             )
+
+    def cuts(self, text: str) -> bool:
+        return self.network.cut(text)
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        if self._vae_config is None:
+            return self.shape
+        factor = 2 ** (len(self._vae_config["block_out_channels"]) - 1)
+        return int(self._vae_config["out_channels"]), *(factor * side for side in self.shape[1:])
 
     def to(self, dtype: torch.dtype, device: torch.device) -> None:
         self.check()

@@ -1,0 +1,21 @@
+"""A network of NVlabs/edm, from your clone and checkpoint: x0 on the EDM path.
+
+--model 'examples/adapters/edm.py:load(clone=PATH,checkpoint=FILE.pkl)' --trust-remote-code
+Written from the repository's interface; not run here, where no clone was at hand: `evalbench check` tells.
+"""
+
+import pickle
+
+from evalbench.models.adapter import Adapter, require_trust, use_clone
+
+
+def load(clone, checkpoint):
+    """The adapter."""
+    use_clone(clone)
+    require_trust(checkpoint)
+    with open(checkpoint, "rb") as file:
+        net = pickle.load(file)["ema"]
+    one_hot = net.label_dim and __import__("torch").eye(net.label_dim)
+    shape = (net.img_channels, net.img_resolution, net.img_resolution)
+    call = lambda net, x, sigma, k: net(x, sigma, None if k is None else one_hot.to(x)[k])  # noqa: E731
+    return Adapter(net, shape, "edm", "x0", call=call, classes=net.label_dim)
