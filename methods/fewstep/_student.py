@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
     from torch import nn
 
 BATCH_OF_DATA = 512  # real images whose features a step's batch is drawn from
+
+
+def _gradient(loss: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    return torch.autograd.grad(loss, weights)[0]
 
 
 class Tuned(NetworkWrap):
@@ -106,10 +111,10 @@ def train(
         field = context.denoiser(batch)
         with torch.enable_grad():
             weights = {n: v.view(s) for n, v, s in zip(names, torch.split(flat, sizes), shapes, strict=True)}
-            student = field.within(lambda inner, weights=weights: Tuned(inner, weights))
+            student = field.within(partial(Tuned, weights=weights))
             x = ddim(student, context.x_T(noise), cond, times, 0, steps)
             loss = mmd2(context.features(x, features).double(), real[rows])
-            flat.grad = field.auxiliary("training", lambda loss=loss: torch.autograd.grad(loss, flat)[0], batch)
+            flat.grad = field.auxiliary("training", partial(_gradient, loss, flat), batch)
         torch.nn.utils.clip_grad_norm_([flat], clip)
         optimiser.step()
         losses.append(float(loss.detach()))

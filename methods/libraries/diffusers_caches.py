@@ -7,13 +7,26 @@ import itertools
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
 from evalbench.errors import Unsupported, UserError, unknown
-from evalbench.interfaces import Artifact, Cond, Denoiser, Edit, NetworkWrap, Preparation, Step, Time, Want, Wrap, both
+from evalbench.interfaces import (
+    Artifact,
+    Cond,
+    Denoiser,
+    Edit,
+    NetworkWrap,
+    Preparation,
+    Share,
+    Step,
+    Time,
+    Want,
+    Wrap,
+    both,
+)
 from evalbench.registry import register
 
 from ._network import KINDS, line, probe_time, quiet, restored, run_tiny, tiny
@@ -208,7 +221,7 @@ class _Cached(NetworkWrap):
         want: Want = "x0",
         *,
         key: Hashable,
-        fraction: float | np.ndarray | None = None,
+        fraction: Share | None = None,
         step: Step | None = None,
         rows: np.ndarray | None = None,
     ) -> torch.Tensor:
@@ -394,7 +407,7 @@ def complaint(target: str, kind: str) -> str:
         nonlocal states
         for i in range(_PROBES):
             with restored(network):
-                held = _applied(network, cache.config(lambda i=i: probe_time(i), None, extra))
+                held = _applied(network, cache.config(partial(probe_time, i), None, extra))
                 held.put(states)
                 run_tiny(network, i)
                 states = held.take()

@@ -121,12 +121,12 @@ class DiffusersGuider(Wrap):
             Unsupported: the library refuses to build it.
         """
         import diffusers
-        import diffusers.hooks as hooks
+        from diffusers.hooks.layer_skip import LayerSkipConfig
 
         given = self._own()
         given.pop("dropout", None)  # 1 is what blocks are skipped with
         if self.target in _CONFIGS:  # whose shorter setting for layers makes a list of numbers that the hooks refuse
-            given[_CONFIGS[self.target]] = [hooks.LayerSkipConfig(indices=list(self.layers), fqn="auto")]
+            given[_CONFIGS[self.target]] = [LayerSkipConfig(indices=list(self.layers), fqn="auto")]
         elif self.layers:
             given[_layers_argument(self.target)] = list(self.layers)
         try:
@@ -208,9 +208,10 @@ class _Guided(DenoiserWrap):
 @lru_cache(maxsize=1)
 def _names() -> tuple[str, ...]:
     import diffusers.guiders as guiders
+    from diffusers.guiders.guider_utils import BaseGuidance
 
     classes = inspect.getmembers(guiders, inspect.isclass)
-    return tuple(n for n, cls in classes if issubclass(cls, guiders.BaseGuidance) and cls is not guiders.BaseGuidance)
+    return tuple(n for n, cls in classes if issubclass(cls, BaseGuidance) and cls is not BaseGuidance)
 
 
 @lru_cache(maxsize=64)

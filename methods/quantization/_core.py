@@ -83,7 +83,8 @@ def fake(
     step = ((hi - lo) / levels).clamp_min(LEAST)
     zero = torch.round(-lo / step)
     whole = torch.round(x / step) if up is None else torch.floor(x / step) + up
-    return (torch.clamp(whole + zero, 0, levels) - zero) * step
+    rounded: torch.Tensor = (torch.clamp(whole + zero, 0, levels) - zero) * step
+    return rounded
 
 
 def extent(x: torch.Tensor, dims: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -221,12 +222,18 @@ class FakeQuant(nn.Module):
 
     def rounded_weight(self, group: int = 0) -> torch.Tensor:
         """The weight that a time group computes with, of the layer's shape."""
-        weight: torch.Tensor = self._held[0].weight.detach()  # type: ignore[union-attr, assignment]
+        weight = weight_of(self._held[0])
         balance = self._balance(group, weight)
         if balance is not None:
             weight = weight * balance.reshape(1, -1, *[1] * (weight.ndim - 2))
         up = None if self.plan.up is None else torch.as_tensor(self.plan.up, dtype=weight.dtype, device=weight.device)
         return round_weight(weight, self.plan, self.plan.bits[group].weights, up)
+
+
+def weight_of(layer: Any) -> torch.Tensor:
+    """The weight of a Linear or Conv2d layer, without its gradient."""
+    weight: torch.Tensor = layer.weight.detach()
+    return weight
 
 
 def round_weight(weight: torch.Tensor, plan: LayerPlan, bits: int, up: torch.Tensor | None = None) -> torch.Tensor:
@@ -423,7 +430,7 @@ class Rounding:
     @classmethod
     def of(cls, layer: nn.Module, plan: LayerPlan, bits: int) -> Rounding:
         """The roundings of a layer's weight, not learned yet."""
-        weight: torch.Tensor = layer.weight.detach()  # type: ignore[union-attr, assignment]
+        weight = weight_of(layer)
         fractions = []
         for piece in parts(weight, plan.split, 1):
             lo, hi = weight_range(piece, plan, bits)

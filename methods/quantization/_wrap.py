@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from evalbench.errors import Unsupported
-from evalbench.interfaces import Artifact, Cond, Denoiser, Edit, NetworkWrap, Step, Time, Want, Wrap, both
+from evalbench.interfaces import Artifact, Cond, Denoiser, Edit, NetworkWrap, Share, Step, Time, Want, Wrap, both
 from evalbench.predictions import tangent_of
 
 from ._calibration import States, evaluate, share, times
@@ -74,7 +74,7 @@ class Quantised(NetworkWrap):
         want: Want = "x0",
         *,
         key: Hashable,
-        fraction: float | np.ndarray | None = None,
+        fraction: Share | None = None,
         step: Step | None = None,
         rows: np.ndarray | None = None,
     ) -> torch.Tensor:
@@ -88,7 +88,7 @@ class Quantised(NetworkWrap):
         cond: Cond,
         want: Want,
         key: Hashable,
-        fraction: float | np.ndarray | None,
+        fraction: Share | None,
         step: Step | None,
         rows: np.ndarray | None,
     ) -> torch.Tensor:
@@ -104,7 +104,7 @@ class Quantised(NetworkWrap):
         assert isinstance(t, torch.Tensor)  # one float is one group
         out = torch.empty_like(x)
         index = np.arange(len(x)) if rows is None else rows
-        for one in group.unique().tolist():
+        for one in sorted(set(group.tolist())):
             chosen = torch.nonzero(group == one).flatten()
             own, mine = self._edit(one, None), index[chosen.cpu().numpy()]
             part = (x[chosen], t[chosen], cond.rows(chosen), want)
@@ -143,7 +143,7 @@ def observed(
     observer = Observer(network, names, splits, keep)
     group = groups_of(context.path, states.t, groups)
     with observer.watching():
-        for own in group.unique().tolist():
+        for own in sorted(set(group.tolist())):
             observer.group = own
             evaluate(context, states.chosen(torch.nonzero(group == own).flatten()))
     return observer

@@ -78,7 +78,8 @@ class TimeFeatures:
 
         net: Any = self.network
         embedding = run(SECOND, net.time_embedding.act(run(FIRST, self.embedded(timesteps))))
-        act = self.network.get_submodule(self.projections[0].removesuffix(PROJECTION)).nonlinearity
+        block: Any = self.network.get_submodule(self.projections[0].removesuffix(PROJECTION))
+        act = block.nonlinearity
         return [run(name, act(embedding)) for name in self.projections]
 
 
@@ -128,7 +129,7 @@ class TFMQ(Quantisation):
         keep = [name for name in names if self.adaround and name not in own]
         with time.watched() as met:
             observer = observed(context, network, states, self.groups, names, splits, keep)
-        timesteps = torch.cat(met).unique()
+        timesteps = torch.tensor(sorted(set(torch.cat(met).tolist())), dtype=met[0].dtype, device=met[0].device)
         plans = {
             name: LayerPlan(
                 bits,

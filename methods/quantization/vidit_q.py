@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -68,7 +69,7 @@ class ViDiTQ(Quantisation):
 
     def prepare(self, context: Preparation) -> Artifact:
         network = context.denoiser(1).network
-        names = list(layers(network, kind_of))
+        names = list(layers(network, lambda name: bool(kind_of(name))))
         if not names:
             raise Unsupported("not supported: needs transformer blocks with Linear layers")
         states = evenly(context, self.samples, self.steps, 1, self.seed)
@@ -127,7 +128,7 @@ class ViDiTQ(Quantisation):
                     if kind_of(name) == kind
                 }
                 modules = built(network, alone)
-                found = evaluate(context, some, lambda inner, modules=modules: Quantised(inner, modules, self.ranges))
+                found = evaluate(context, some, partial(Quantised, modules=modules, groups=self.ranges))
                 moved[kind, own] = float((found - exact).square().mean())
         return set(sorted(moved, key=lambda entry: -moved[entry])[: len(moved) // 2])
 
