@@ -285,11 +285,7 @@ def built(network: nn.Module, plans: Mapping[str, LayerPlan]) -> dict[str, FakeQ
 
 @contextmanager
 def replaced(network: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Inside, the modules stand at their names in the network; outside, those that stood there.
-
-    Raises:
-        Unsupported: one of the names is quantised already, by another part of the chain.
-    """
+    """Inside, the modules stand at their names in the network; outside, those that stood there."""
     kept: list[tuple[nn.Module, str, nn.Module]] = []
     try:
         for name, module in modules.items():
@@ -297,8 +293,6 @@ def replaced(network: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[N
             parent = network.get_submodule(owner)
             old = parent._modules[attribute]
             assert old is not None
-            if isinstance(old, FakeQuant):
-                raise Unsupported("not supported: two quantisations in one chain; leave one out")
             parent._modules[attribute] = module
             kept.append((parent, attribute, old))
         yield

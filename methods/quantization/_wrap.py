@@ -11,7 +11,20 @@ import numpy as np
 import torch
 
 from evalbench.errors import Unsupported
-from evalbench.interfaces import Artifact, Cond, Denoiser, Edit, NetworkWrap, Share, Step, Time, Want, Wrap, both
+from evalbench.interfaces import (
+    Artifact,
+    Cond,
+    Denoiser,
+    DenoiserWrap,
+    Edit,
+    NetworkWrap,
+    Share,
+    Step,
+    Time,
+    Want,
+    Wrap,
+    both,
+)
 from evalbench.predictions import tangent_of
 
 from ._calibration import States, evaluate, share, times
@@ -45,6 +58,9 @@ class Quantised(NetworkWrap):
     Args:
         modules: what stands in, by name. groups: equal shares of the path's time; a call's time names the group.
         key: names the replacement where it changes what is computed, such as a table instead of layers.
+
+    Raises:
+        Unsupported: the network is quantised already, by another part of the chain.
     """
 
     def __init__(
@@ -52,6 +68,10 @@ class Quantised(NetworkWrap):
     ) -> None:
         super().__init__(inner)
         self.modules, self.groups, self.key = modules, groups, key
+        while isinstance(inner, DenoiserWrap):
+            if isinstance(inner, Quantised):  # the second would quietly have calibrated what the first left over
+                raise Unsupported("not supported: two quantisations in one chain; leave one out")
+            inner = inner.inner
 
     def __call__(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
@@ -23,6 +23,7 @@ from ._wrap import Quantisation, Quantised, all_layers, observed, packed, unpack
 FIRST = "time_embedding.linear_1"
 SECOND = "time_embedding.linear_2"
 PROJECTION = ".time_emb_proj"
+ACTIVATION = ".nonlinearity"  # of the block, before its projection
 TABLE = "table"  # of the artefact's arrays
 
 
@@ -32,10 +33,12 @@ class TimeFeatures:
 
     Attributes:
         network: the UNet. projections: names of the blocks' layers, in order.
+        parts: the modules that compute them, by name: those of the network even while others stand in their places.
     """
 
     network: nn.Module
     projections: tuple[str, ...]
+    parts: Mapping[str, Any]
 
     @classmethod
     def of(cls, network: nn.Module) -> TimeFeatures:
@@ -49,14 +52,17 @@ class TimeFeatures:
         )
         if not names or not hasattr(network, "time_embedding") or not hasattr(network, "time_proj"):
             raise Unsupported("not supported: needs a UNet's time embedding and time_emb_proj (features of time alone)")
-        return cls(network, names)
+        embedding = ("time_proj", "time_embedding.act", FIRST, SECOND)
+        every = (*embedding, *names, names[0].removesuffix(PROJECTION) + ACTIVATION)
+        return cls(network, names, {name: network.get_submodule(name) for name in every})
 
     @contextmanager
     def watched(self) -> Iterator[list[torch.Tensor]]:
         """Inside, the times of every call are noted, in the network's units."""
         met: list[torch.Tensor] = []
-        net: Any = self.network
-        handle = net.time_proj.register_forward_pre_hook(lambda _, args: met.append(args[0].detach().flatten()))
+        handle = self.parts["time_proj"].register_forward_pre_hook(
+            lambda _, args: met.append(args[0].detach().flatten())
+        )
         try:
             yield met
         finally:
@@ -64,8 +70,7 @@ class TimeFeatures:
 
     def embedded(self, timesteps: torch.Tensor) -> torch.Tensor:
         """The sinusoids that the first layer reads, (N, C), of times in the network's units (N,)."""
-        net: Any = self.network
-        wave: torch.Tensor = net.time_proj(timesteps)
+        wave: torch.Tensor = self.parts["time_proj"](timesteps)
         return wave.to(next(self.network.parameters()).dtype)
 
     def features(self, timesteps: torch.Tensor, weights: dict[str, torch.Tensor] | None = None) -> list[torch.Tensor]:
@@ -73,13 +78,11 @@ class TimeFeatures:
         given = weights or {}
 
         def run(name: str, x: torch.Tensor) -> torch.Tensor:
-            layer: Any = self.network.get_submodule(name)
+            layer = self.parts[name]
             return F.linear(x, given.get(name, layer.weight), layer.bias)
 
-        net: Any = self.network
-        embedding = run(SECOND, net.time_embedding.act(run(FIRST, self.embedded(timesteps))))
-        block: Any = self.network.get_submodule(self.projections[0].removesuffix(PROJECTION))
-        act = block.nonlinearity
+        embedding = run(SECOND, self.parts["time_embedding.act"](run(FIRST, self.embedded(timesteps))))
+        act = self.parts[self.projections[0].removesuffix(PROJECTION) + ACTIVATION]
         return [run(name, act(embedding)) for name in self.projections]
 
 
