@@ -23,11 +23,12 @@ RUNS = [
     ("sd", "diffusers-cache:PAB"),
     ("sd3", "diffusers-cache:TaylorSeer"),
 ]
+# Rows of six calls. Those that skip a layer start after the share 0.01 of the steps, so not at the first call.
 GUIDERS = [
-    ("dit", "diffusers-guider:AutoGuidance(layers=[1],guidance_scale=2)", 2.0),
-    ("dit", "diffusers-guider:SkipLayerGuidance(layers=[1],guidance_scale=2,skip_layer_guidance_stop=1)", 3.0),
-    ("dit", "diffusers-guider:PerturbedAttentionGuidance(layers=[1],guidance_scale=2,perturbed_guidance_stop=1)", 3.0),
-    ("sd", "diffusers-guider:AdaptiveProjectedGuidance(guidance_scale=2)", 2.0),
+    ("dit", "diffusers-guider:AutoGuidance(layers=[1],guidance_scale=2)", 12.0),
+    ("dit", "diffusers-guider:SkipLayerGuidance(layers=[1],guidance_scale=2,skip_layer_guidance_stop=1)", 17.0),
+    ("dit", "diffusers-guider:PerturbedAttentionGuidance(layers=[1],guidance_scale=2,perturbed_guidance_stop=1)", 17.0),
+    ("sd", "diffusers-guider:AdaptiveProjectedGuidance(guidance_scale=2)", 12.0),
 ]
 
 
@@ -100,9 +101,9 @@ def test_the_classifier_free_guider_is_cfg() -> None:
 def test_a_guider_counts_each_of_its_predictions(kind: str, method: str, rows: float) -> None:
     found, ledger = sampled(kind, f"ddim+{method}")
     assert bool(torch.isfinite(found).all())
-    assert ledger.evals["base"].tolist() == [6 * rows] * 2
+    assert ledger.evals["base"].tolist() == [rows] * 2
     skips = "AutoGuidance" in method or "SkipLayer" in method
-    assert bool((ledger.cost < 6 * rows).all()) == (skips or "Perturbed" in method)
+    assert bool((ledger.cost < rows).all()) == (skips or "Perturbed" in method)
     assert traces(kind) == []
 
 
@@ -142,10 +143,10 @@ def test_without_torchao_it_is_a_row_that_says_what_to_type() -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
 def test_torchao_rounds_weights_and_leaves_the_network_alone() -> None:
-    exact, _ = sampled("dit", "ddim")
-    found, _ = sampled("dit", "ddim+quant:torchao(config=int8wo)")
+    exact, _ = sampled("sd3", "ddim")  # in float32: torchao refuses float64
+    found, _ = sampled("sd3", "ddim+quant:torchao(config=int8wo)")
     assert 0.0 < float((found - exact).abs().mean()) < float(exact.abs().mean())
-    assert torch.equal(sampled("dit", "ddim")[0], exact)
+    assert torch.equal(sampled("sd3", "ddim")[0], exact)
 
 
 def test_all_are_listed_and_those_that_cannot_run_say_why() -> None:
