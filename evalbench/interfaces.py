@@ -109,7 +109,8 @@ class Denoiser(ABC):
         path: the noise path, with start and end.
         grid: the time grid that the suite names; solvers whose own `grid` is empty use it.
         shape: shape of one sample.
-        provides: capabilities besides plain calls, such as `labels`, `split`, `gradient`.
+        provides: capabilities besides plain calls, such as `labels`, `split`, `gradient`; `time features`: the network
+            computes an embedding of the time, and projections of it in its blocks, from the time alone (a UNet).
     """
 
     path: Path

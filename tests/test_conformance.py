@@ -62,17 +62,32 @@ ELSEWHERE = {
     "role small": "gmm-64-pair",
     "tokens": "tokens-markov",
 }
+# A capability that only one of the twins has.
+ONLY = {"time features": "twin-sd"}
+# What is trained or calibrated, for less.
+LESS = {
+    "mmd-ddm": "mmd-ddm(iterations=1,batch=2)",
+    "diversity-distill": "diversity-distill(iterations=1,batch=2)",
+    "ptq4dm": "ptq4dm(samples=2,steps=2)",
+    "vidit-q": "vidit-q(samples=2,steps=2)",
+    "tfmq": "tfmq(samples=2,steps=2,tiar=1,adaround=false)",
+    "tfmq-cache": "tfmq-cache(samples=2,adaround=false)",
+}
 
 
 def _methods() -> list[str]:
     plain = [name for name in registry.names("method") if not name.endswith(":*")]
-    solvers = [name for name in plain if issubclass(registry.get("method", name), Solver)]
-    others = [f"ddim+{name}" for name in plain if issubclass(registry.get("method", name), Wrap | Modifier)]
+    solvers = [LESS.get(name, name) for name in plain if issubclass(registry.get("method", name), Solver)]
+    around = [name for name in plain if issubclass(registry.get("method", name), Wrap | Modifier)]
+    others = [f"ddim+{LESS.get(name, name)}" for name in around]
     return [*solvers, *others, *VARIANTS]
 
 
 def _suites(method: str) -> list[str]:
-    needs = registry.build_method(method).requires & ELSEWHERE.keys()
+    requires = registry.build_method(method).requires
+    if only := [ONLY[need] for need in sorted(requires & ONLY.keys())]:
+        return only
+    needs = requires & ELSEWHERE.keys()
     return [ELSEWHERE[need] for need in sorted(needs)] or SUITES
 
 
@@ -84,6 +99,8 @@ def _pairs() -> list[tuple[str, str]]:
 def _setup(suite_name: str) -> sampling.Setup:
     if suite_name == "twin-dit":  # a network with an inside; small and of random weights
         return twins.setup("dit", "dit-small")
+    if suite_name == "twin-sd":
+        return twins.setup("sd")
     return sampling.build(small_suite(suite_name))
 
 

@@ -408,9 +408,11 @@ class DiffusersPipeline(Model):
         self.shape = self.network.shape
         self.num_classes = self.network.classes
         self.reads_texts = isinstance(self.network, TextNetwork)
-        inside = {"blocks", "split"} if has_blocks(str(self.network.config["_class_name"])) else set()
+        kind = str(self.network.config["_class_name"])
+        inside = {"blocks", "split"} if has_blocks(kind) else set()
+        timed = {"time features"} if kind.startswith("UNet2D") else set()
         null = {"labels"} if self.network.has_null else set()
-        self.provides = frozenset({"gradient", "network"} | inside | null)
+        self.provides = frozenset({"gradient", "network"} | inside | timed | null)
         self._vae_part = next((part for part in ("vae", "vqvae") if self._folder.has(part)), "")
         self._vae_config = self._folder.config(self._vae_part) if self._vae_part else None
         self._vae: Any = None

@@ -39,8 +39,8 @@ class DiversityDistill(Solver):
     prepares: ClassVar[Literal["", "once", "per-nfe"]] = "once"
 
     steps: int = 4
-    iterations: int = 5
-    batch: int = 16
+    iterations: int = 100
+    batch: int = 64
     rate: float = 5e-6
     features: Literal["fashion-classifier", "fashion64", "identity"] = "fashion-classifier"
     hybrid: bool = True

@@ -25,7 +25,7 @@ class MMDDDM(Wrap):
     search split. Needs the network and its gradients; forwards and backward passes are on the preparation's bill.
 
     Attributes:
-        iterations: the paper's 10^2..10^3; the default is a smoke test. batch: of a step, the paper's 64.
+        iterations: the paper's 10^2..10^3. batch: of a step, the paper's 64.
         rate: Adam's, the paper's 5e-6 from a large network. clip: largest norm of a gradient, 0.5.
         features: `fashion-classifier`, `fashion64` or `identity` (the samples themselves). seed: of noise and data.
     """
@@ -33,8 +33,8 @@ class MMDDDM(Wrap):
     requires = frozenset({"network", "gradient"})
     prepares: ClassVar[Literal["", "once", "per-nfe"]] = "per-nfe"
 
-    iterations: int = 5
-    batch: int = 16
+    iterations: int = 100
+    batch: int = 64
     rate: float = 5e-6
     clip: float = 0.5
     features: Literal["fashion-classifier", "fashion64", "identity"] = "fashion-classifier"

@@ -107,6 +107,8 @@ class TFMQ(Quantisation):
             layer. samples: trajectories to calibrate with. steps: evaluations of each. seed: of noise and batches.
     """
 
+    requires = frozenset({"network", "time features"})
+
     bits: str | float = "w4a8"
     groups: int = 5
     tiar: int = 200

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import re
+import sys
 from functools import cache
 
 import numpy as np
 import pytest
 import torch
 import twins
-from evalbench.methods.quantization._core import FakeQuant, layers
-from evalbench.methods.quantization.tfmq import TimeFeatures
-from evalbench.methods.quantization.vidit_q import kind_of
 
 from evalbench import cli, registry, sampling
 from evalbench.cost.ledger import Ledger
@@ -20,6 +18,12 @@ from evalbench.interfaces import Artifact, Denoiser
 from evalbench.preparation import Prepared, prepare
 from evalbench.registry import Chain
 from evalbench.runner import make_cell
+
+# nobody imports a method by its name
+tfmq = sys.modules[registry.get("method", "tfmq").__module__]
+core = sys.modules[tfmq.built.__module__]
+FakeQuant, layers, TimeFeatures = core.FakeQuant, core.layers, tfmq.TimeFeatures
+kind_of = sys.modules[registry.get("method", "vidit-q").__module__].kind_of
 
 SMALL = "samples=3,steps=3"
 EVERYWHERE = [f"ptq4dm({SMALL}", f"vidit-q({SMALL}"]
