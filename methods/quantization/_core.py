@@ -148,6 +148,8 @@ class LayerPlan:
         split: inputs below this channel are one part and the others another, with weights of their own; 0 for one.
         balance: s of each time group and input channel, (groups, C): inputs are divided by it, weights multiplied.
         up: what AdaRound chose, 0 or 1 of the weight's shape; None rounds to the nearest.
+        levels: ranges of the weight as they were fitted, (groups, parts, R, 2), R = 1 or output channels, so that
+            sampling need not search again; None fits them.
     """
 
     bits: tuple[Bits, ...]
@@ -158,6 +160,7 @@ class LayerPlan:
     split: int = 0
     balance: np.ndarray | None = None
     up: np.ndarray | None = None
+    levels: np.ndarray | None = None
 
 
 class FakeQuant(nn.Module):
@@ -222,12 +225,26 @@ class FakeQuant(nn.Module):
 
     def rounded_weight(self, group: int = 0) -> torch.Tensor:
         """The weight that a time group computes with, of the layer's shape."""
+        weight = self._balanced_weight(group)
+        up = None if self.plan.up is None else torch.as_tensor(self.plan.up, dtype=weight.dtype, device=weight.device)
+        return round_weight(weight, self.plan, self.plan.bits[group].weights, up, group)
+
+    def fitted_levels(self) -> np.ndarray:
+        """`LayerPlan.levels` of the layer's weight."""
+        found: list[np.ndarray] = []
+        for group, bits in enumerate(self.plan.bits):
+            if self.plan.balance is None and bits.weights in (known := [b.weights for b in self.plan.bits[:group]]):
+                found.append(found[known.index(bits.weights)])
+                continue
+            pieces = parts(self._balanced_weight(group), self.plan.split, 1)
+            ranges = [fitted(weight_rows(piece, self.plan), bits.weights, self.plan.measure) for piece in pieces]
+            found.append(torch.stack(ranges).cpu().numpy())
+        return np.stack(found)
+
+    def _balanced_weight(self, group: int) -> torch.Tensor:
         weight = weight_of(self._held[0])
         balance = self._balance(group, weight)
-        if balance is not None:
-            weight = weight * balance.reshape(1, -1, *[1] * (weight.ndim - 2))
-        up = None if self.plan.up is None else torch.as_tensor(self.plan.up, dtype=weight.dtype, device=weight.device)
-        return round_weight(weight, self.plan, self.plan.bits[group].weights, up)
+        return weight if balance is None else weight * balance.reshape(1, -1, *[1] * (weight.ndim - 2))
 
 
 def weight_of(layer: Any) -> torch.Tensor:
@@ -236,22 +253,33 @@ def weight_of(layer: Any) -> torch.Tensor:
     return weight
 
 
-def round_weight(weight: torch.Tensor, plan: LayerPlan, bits: int, up: torch.Tensor | None = None) -> torch.Tensor:
+def round_weight(
+    weight: torch.Tensor, plan: LayerPlan, bits: int, up: torch.Tensor | None = None, group: int = 0
+) -> torch.Tensor:
     """A weight on its levels, by output channel or as a whole, each part of its input channels alone."""
     if bits == FULL:
         return weight
     done = []
     ups = [None] * 2 if up is None else parts(up, plan.split, 1)
-    for piece, above in zip(parts(weight, plan.split, 1), ups, strict=False):
-        lo, hi = weight_range(piece, plan, bits)
+    for part, (piece, above) in enumerate(zip(parts(weight, plan.split, 1), ups, strict=False)):
+        lo, hi = weight_range(piece, plan, bits, None if plan.levels is None else plan.levels[group, part])
         done.append(fake(piece, lo, hi, bits, above))
     return done[0] if len(done) == 1 else torch.cat(done, dim=1)
 
 
-def weight_range(weight: torch.Tensor, plan: LayerPlan, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(lo, hi) that broadcast against a weight, or a part of one."""
-    rows = weight.reshape(len(weight), -1) if plan.channels else weight.reshape(1, -1)
-    found = fitted(rows, bits, plan.measure)
+def weight_rows(weight: torch.Tensor, plan: LayerPlan) -> torch.Tensor:
+    """A weight, or a part of one, as the rows that share a range, (R, K)."""
+    return weight.reshape(len(weight) if plan.channels else 1, -1)
+
+
+def weight_range(
+    weight: torch.Tensor, plan: LayerPlan, bits: int, known: np.ndarray | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(lo, hi) that broadcast against a weight, or a part of one: known, (R, 2), or fitted."""
+    if known is None:
+        found = fitted(weight_rows(weight, plan), bits, plan.measure)
+    else:
+        found = torch.as_tensor(known, dtype=weight.dtype, device=weight.device)
     shape = [len(found), *[1] * (weight.ndim - 1)]
     return found[:, 0].reshape(shape), found[:, 1].reshape(shape)
 

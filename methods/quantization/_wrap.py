@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from evalbench.interfaces import Preparation
     from evalbench.paths import Path
 
-_ARRAYS = ("ranges", "balance", "up")
+_ARRAYS = ("ranges", "balance", "up", "levels")
 
 
 class Quantisation(Wrap):
@@ -177,7 +177,8 @@ def packed(
     facts: Mapping[str, Any],
     others: Mapping[str, np.ndarray] | None = None,
 ) -> Artifact:
-    """Plans as an artefact, with what they would save."""
+    """Plans as an artefact, with what they would save; ranges of weights that take a search are found here, once."""
+    plans = {name: _with_levels(network, name, plan) for name, plan in plans.items()}
     arrays = {
         f"{name}/{key}": value
         for name, plan in plans.items()
@@ -194,6 +195,12 @@ def packed(
         arrays | dict(others or {}),
         {"groups": groups, "layers": texts, "footprint": footprint(network, plans, macs)} | dict(facts),
     )
+
+
+def _with_levels(network: nn.Module, name: str, plan: LayerPlan) -> LayerPlan:
+    if plan.measure == "minmax":  # as quickly found as read
+        return plan
+    return replace(plan, levels=FakeQuant(network.get_submodule(name), plan).fitted_levels())
 
 
 def unpacked(artifact: Artifact) -> dict[str, LayerPlan]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -195,3 +196,17 @@ def test_bits_bytes_and_bit_operations_by_hand(network: Small, x: torch.Tensor) 
     assert found["weight_bytes_full"] == 4 * parameters
     assert found["bops"] == 4 * 8 * macs["conv"] + 32 * 32 * macs["linear"]
     assert found["bops_full"] == 32 * 32 * sum(macs.values())
+
+
+@pytest.mark.parametrize("split", [0, 3])
+@pytest.mark.parametrize("balanced", [False, True])
+def test_fitted_levels_round_as_the_search_does(split: int, balanced: bool, network: Small) -> None:
+    balance = np.linspace(0.5, 2.0, 8).reshape(2, 4) if balanced else None
+    bits = (core.Bits(4, 8), core.Bits(3, 8))
+    plan = core.LayerPlan(bits, "token", measure="mse", split=split, balance=balance)
+    levels = core.FakeQuant(network.conv, plan).fitted_levels()
+    known = core.FakeQuant(network.conv, replace(plan, levels=levels))
+    for group in range(2):
+        searched = core.FakeQuant(network.conv, plan).rounded_weight(group)
+        assert torch.equal(known.rounded_weight(group), searched)
+    assert not torch.equal(known.rounded_weight(0), known.rounded_weight(1))
