@@ -25,7 +25,7 @@ import torch
 
 from evalbench.errors import Unsupported, UserError, unknown
 from evalbench.interfaces import Blocks, Cond, Model, Time, Want
-from evalbench.models.blocks import blocks_of, depth_of, has_blocks
+from evalbench.models.blocks import blocks_of, capabilities, depth_of
 from evalbench.paths import EDM, Flow, VPDiscrete
 from evalbench.paths import Path as NoisePath
 from evalbench.registry import register
@@ -408,7 +408,7 @@ class DiffusersPipeline(Model):
         self.shape = self.network.shape
         self.num_classes = self.network.classes
         self.reads_texts = isinstance(self.network, TextNetwork)
-        inside = {"blocks", "split"} if has_blocks(str(self.network.config["_class_name"])) else set()
+        inside = capabilities(str(self.network.config["_class_name"]))
         null = {"labels"} if self.network.has_null else set()
         self.provides = frozenset({"gradient", "network"} | inside | null)
         self._vae_part = next((part for part in ("vae", "vqvae") if self._folder.has(part)), "")
