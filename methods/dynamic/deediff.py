@@ -1,4 +1,4 @@
-"""DeeDiff, Tang et al. 2023: "DeeDiff: Dynamic Uncertainty-Aware Early Exiting for Accelerating Diffusion Model
+"""DeeDiff: "DeeDiff: Dynamic Uncertainty-Aware Early Exiting for Accelerating Diffusion Model
 Generation" (later called AdaDiff).
 
 After each block i of a transformer a head g_i turns the tokens L_i into a prediction, and one linear layer estimates
@@ -92,7 +92,7 @@ CLAIM = (
 @register("deediff")
 @dataclass(frozen=True)
 class DeeDiff(Modifier):
-    """DeeDiff (Tang et al. 2023): each sample leaves the network after the first block that is certain enough.
+    """DeeDiff: each sample leaves the network after the first block that is certain enough.
 
     Blocks run for the samples that are still in, so the cost of a row is what it ran; the ledger has it per sample.
     A head is a linear map of the tokens, the identity at first, before the network's own output layers; the estimator
