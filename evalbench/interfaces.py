@@ -37,6 +37,8 @@ Around: TypeAlias = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any
 # a share of a full forward: of all rows, of each, or not known before the call
 Share: TypeAlias = "float | np.ndarray | Callable[[], float | np.ndarray]"
 Features: TypeAlias = dict[str, Any]  # outputs of modules by their names: tensors, or tuples of tensors
+# see `Blocks.leave`
+After: TypeAlias = Callable[[int, "torch.Tensor", "torch.Tensor"], "tuple[torch.Tensor, torch.Tensor] | None"]
 
 
 class Registered:
@@ -507,6 +509,23 @@ class Blocks(ABC):
     @abstractmethod
     def swap(self, modules: Mapping[str, torch.nn.Module]) -> Edit:
         """Put other modules in the place of modules."""
+
+    def leave(self, after: After) -> Edit:
+        """Let rows of a batch leave before the last block (capability `exits`).
+
+        After each block but the last, `after(i, tokens, rows)` sees the tokens (b, N, D) of the rows that are still in,
+        and which of the batch they are, int64 (b,). It says which of them leave, bool (b,), with the tokens, one row
+        each, that the network's head gets for these; or None where nobody does. A block runs for the rows that are in,
+        filled up with a few that are there already, and not at all where none is.
+
+        Raises:
+            Unsupported: the blocks do not work on one stream of tokens.
+        """
+        raise Unsupported("not supported: needs exits")
+
+    def end(self, tokens: torch.Tensor) -> Edit:
+        """Run no block: the network's head on these tokens, (B, N, D) (capability `exits`)."""
+        raise Unsupported("not supported: needs exits")
 
     @abstractmethod
     def split(self, at: int | None = None) -> Split:

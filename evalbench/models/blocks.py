@@ -21,10 +21,15 @@ from typing import Any
 import torch
 
 from evalbench.errors import UserError, unknown
-from evalbench.interfaces import Around, Blocks, Edit, Features, Split, both
+from evalbench.interfaces import After, Around, Blocks, Edit, Features, Split, both
 
 # Faster Diffusion takes 18 of DiT-XL's 28 blocks for the encoder
 _ENCODER_SHARE = 18 / 28
+
+
+# Rows that run together are filled up to multiples of this: matrix products treat the last few rows by other kernels,
+# and a row's bits would depend on its place among those that are left.
+_TOGETHER = 8
 
 
 class _Stop(BaseException):
@@ -243,6 +248,30 @@ class TransformerBlocks(DiffusersBlocks):
     def _skipped(self, module: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         return _argument(args, kwargs, "hidden_states")
 
+    def _tokens(self, out: Any) -> torch.Tensor:
+        """The image's tokens in what a block returns, (B, N, D)."""
+        tokens: torch.Tensor = out
+        return tokens
+
+    def _with_tokens(self, out: Any, tokens: torch.Tensor) -> Any:
+        """What a block returns, with other tokens of the image."""
+        return tokens
+
+    def leave(self, after: After) -> Edit:
+        @contextmanager
+        def edit() -> Iterator[None]:
+            leaving = _Leaving(self, after)  # of this call
+            with self.around({name: partial(leaving, i) for i, name in enumerate(self.names)})():
+                yield
+
+        return edit
+
+    def end(self, tokens: torch.Tensor) -> Edit:
+        def function(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return self._with_tokens(self._skipped(self._module(self.names[-1]), args, kwargs), tokens)
+
+        return both(self.bypass(self.names[:-1]), self.around({self.names[-1]: function}))
+
     def split(self, at: int | None = None) -> Split:
         depth = len(self.names)
         at = min(max(round(_ENCODER_SHARE * depth), 1), depth - 1) if at is None else at
@@ -250,6 +279,77 @@ class TransformerBlocks(DiffusersBlocks):
             raise UserError(f"split after block {at}: the network has {depth} blocks; give 1..{depth - 1}")
         idle = {name: partial(_pass_on, self, self._module(name)) for name in self.names[: at - 1]}
         return _Parted(self, [*self._inputs, self.names[at - 1]], self.names[at:], idle)
+
+
+class _Leaving:
+    """One call of a transformer whose rows leave early; what stands instead of each block's forward.
+
+    Between blocks the stream has all rows of the batch: those that left stand in it as the head will see them.
+    """
+
+    def __init__(self, blocks: TransformerBlocks, after: After) -> None:
+        self.blocks, self.after = blocks, after
+        self.rows = torch.empty(0, dtype=torch.int64)  # still in; set by the first block
+
+    def __call__(self, i: int, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        module = self.blocks._module(self.blocks.names[i])
+        before = self.blocks._skipped(module, args, kwargs)
+        size = len(self.blocks._tokens(before))
+        if i == 0:
+            self.rows = torch.arange(size, device=self.blocks._tokens(before).device)
+        rows = self.rows
+        if not len(rows):
+            return before
+        if len(rows) == size:
+            out = forward(*args, **kwargs)
+        else:
+            filled = rows[
+                torch.arange(min(-(-len(rows) // _TOGETHER) * _TOGETHER, size), device=rows.device) % len(rows)
+            ]
+            out = _first(forward(*_chosen(args, filled, size), **_chosen(kwargs, filled, size)), len(rows))
+        if i < len(self.blocks.names) - 1:
+            out = self._after(i, out)
+        return out if len(rows) == size else _put(before, out, rows)
+
+    def _after(self, i: int, out: Any) -> Any:
+        """A block's output with the tokens of those that leave after it."""
+        tokens = self.blocks._tokens(out)
+        found = self.after(i, tokens, self.rows)
+        if found is None:
+            return out
+        gone, heads = found
+        tokens = tokens.clone()
+        tokens[gone] = heads
+        self.rows = self.rows[~gone]
+        return self.blocks._with_tokens(out, tokens)
+
+
+def _chosen(values: Any, rows: torch.Tensor, size: int) -> Any:
+    """Arguments of a call for some of its rows: of each tensor that has one entry per row, those of these rows."""
+    if isinstance(values, dict):
+        return {name: _chosen(value, rows, size) for name, value in values.items()}
+    if isinstance(values, tuple):
+        return tuple(_chosen(value, rows, size) for value in values)
+    per_row = isinstance(values, torch.Tensor) and values.ndim > 0 and len(values) == size
+    return values[rows] if per_row else values
+
+
+def _first(values: Any, n: int) -> Any:
+    """The first rows of a tensor, or of a tuple of them."""
+    if isinstance(values, tuple):
+        return tuple(_first(value, n) for value in values)
+    return values if values is None else values[:n]
+
+
+def _put(whole: Any, part: Any, rows: torch.Tensor) -> Any:
+    """A tensor, or a tuple of them, with some of its rows replaced."""
+    if isinstance(whole, tuple):
+        return tuple(_put(old, new, rows) for old, new in zip(whole, part, strict=True))
+    if whole is None or part is None:
+        return None
+    found = whole.clone()
+    found[rows] = part
+    return found
 
 
 def _pass_on(
@@ -271,6 +371,13 @@ class JointBlocks(TransformerBlocks):
         text = _argument(args, kwargs, "encoder_hidden_states", 1)
         # the last block hands no text on
         return (None if module.context_pre_only else text), _argument(args, kwargs, "hidden_states")
+
+    def _tokens(self, out: Any) -> torch.Tensor:
+        tokens: torch.Tensor = out[1]
+        return tokens
+
+    def _with_tokens(self, out: Any, tokens: torch.Tensor) -> Any:
+        return out[0], tokens
 
 
 class UNetBlocks(DiffusersBlocks):
@@ -338,9 +445,17 @@ def blocks_of(network: torch.nn.Module) -> Blocks:
     return _KINDS[name](network)
 
 
-def has_blocks(name: str) -> bool:
-    """Whether the inside of this class of diffusers is known."""
-    return name in _KINDS
+def capabilities(name: str) -> frozenset[str]:
+    """What the inside of this class of diffusers allows.
+
+    Only blocks that work on one stream of tokens have `exits`: a network's head can read it after any of them. A UNet has
+    `time features`: an embedding of the time, and projections of it in its blocks, from the time alone.
+    """
+    kind = _KINDS.get(name)
+    inside = {"blocks", "split"} if kind else set()
+    exits = {"exits"} if kind and issubclass(kind, TransformerBlocks) else set()
+    timed = {"time features"} if name.startswith("UNet2D") else set()
+    return frozenset(inside | exits | timed)
 
 
 def depth_of(config: Mapping[str, Any]) -> int:

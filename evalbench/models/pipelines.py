@@ -25,7 +25,7 @@ import torch
 
 from evalbench.errors import Unsupported, UserError, unknown
 from evalbench.interfaces import Blocks, Cond, Model, Time, Want
-from evalbench.models.blocks import blocks_of, depth_of, has_blocks
+from evalbench.models.blocks import blocks_of, capabilities, depth_of
 from evalbench.paths import EDM, Flow, VPDiscrete
 from evalbench.paths import Path as NoisePath
 from evalbench.registry import register
@@ -408,11 +408,9 @@ class DiffusersPipeline(Model):
         self.shape = self.network.shape
         self.num_classes = self.network.classes
         self.reads_texts = isinstance(self.network, TextNetwork)
-        kind = str(self.network.config["_class_name"])
-        inside = {"blocks", "split"} if has_blocks(kind) else set()
-        timed = {"time features"} if kind.startswith("UNet2D") else set()
+        inside = capabilities(str(self.network.config["_class_name"]))
         null = {"labels"} if self.network.has_null else set()
-        self.provides = frozenset({"gradient", "network"} | inside | timed | null)
+        self.provides = frozenset({"gradient", "network"} | inside | null)
         self._vae_part = next((part for part in ("vae", "vqvae") if self._folder.has(part)), "")
         self._vae_config = self._folder.config(self._vae_part) if self._vae_part else None
         self._vae: Any = None

@@ -239,3 +239,61 @@ def test_models_without_an_inside_say_so() -> None:
         with pytest.raises(Unsupported, match=f"not supported: needs {needs}"):
             getattr(plain, asked)
     assert not {"network", "blocks", "split"} & plain.provides
+
+
+# --- rows that leave early ------------------------------------------------------------------------------------------
+
+STREAMS = ("dit", "sd3")
+
+
+def leaving(exits: list[int], seen: list[torch.Tensor] | None = None):
+    """Row r leaves after block exits[r], with its tokens times 2."""
+
+    def after(i: int, tokens: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        if seen is not None:
+            seen.append(rows)
+        gone = torch.tensor(exits)[rows] == i
+        return (gone, 2.0 * tokens[gone]) if bool(gone.any()) else None
+
+    return after
+
+
+@pytest.mark.parametrize("kind", STREAMS)
+def test_rows_leave_one_by_one_and_blocks_run_for_those_that_are_in(kind: str) -> None:
+    blocks = twins.setup(kind).model.blocks
+    last = len(blocks.names) - 1
+    assert torch.equal(call(kind, blocks.leave(lambda i, tokens, rows: None)), call(kind)), "nobody leaves"
+    # a row's prediction is the one it has when all leave where it does
+    alone = {k: call(kind, blocks.leave(leaving([k] * B))) for k in (0, 1, last)}
+    assert torch.equal(alone[last], call(kind)), "nobody is asked after the last block"
+    seen: list[torch.Tensor] = []
+    mixed = call(kind, blocks.leave(leaving([1, 0, last], seen)))
+    for row, k in enumerate((1, 0, last)):
+        torch.testing.assert_close(mixed[row], alone[k][row])
+    asked = [rows.tolist() for rows in seen[-last:]]
+    assert asked == [[0, 1, 2], [0, 2], [2]][:last]
+    assert not torch.allclose(alone[0], alone[1])
+
+
+@pytest.mark.parametrize("kind", STREAMS)
+def test_the_head_reads_tokens_that_no_block_made(kind: str) -> None:
+    made = twins.setup(kind)
+    blocks, kept = made.model.blocks, {}
+    plain = call(kind, blocks.read(blocks.names[-1:], kept))
+    out = kept[blocks.names[-1]]
+    tokens = out[-1] if isinstance(out, tuple) else out
+    assert torch.equal(call(kind, blocks.end(tokens)), plain)
+    assert torch.equal(call(kind, blocks.end(tokens), seed=1), plain), "the state is not read"
+
+
+def test_a_batch_that_left_pays_for_no_further_block() -> None:
+    made = door("dit")
+    names, x = made.blocks.names, state("dit")
+    left = made.share(made.blocks.leave(leaving([1] * B)), x, 0.6, cond("dit"), key=object())
+    assert left == pytest.approx(made.share(made.blocks.bypass(names[2:]), x, 0.6, cond("dit"), key=object()))
+
+
+def test_a_unet_has_no_exits() -> None:
+    assert "exits" not in twins.setup("sd").door.provides
+    with pytest.raises(Unsupported, match="needs exits"):
+        twins.setup("sd").model.blocks.leave(lambda i, tokens, rows: None)
