@@ -448,8 +448,8 @@ def blocks_of(network: torch.nn.Module) -> Blocks:
 def capabilities(name: str) -> frozenset[str]:
     """What the inside of this class of diffusers allows.
 
-    Only blocks that work on one stream of tokens have `exits`: a network's head can read it after any of them. A UNet has
-    `time features`: an embedding of the time, and projections of it in its blocks, from the time alone.
+    Only blocks that work on one stream of tokens have `exits`: a network's head can read it after any of them. A UNet
+    has `time features`: an embedding of the time, and projections of it in its blocks, from the time alone.
     """
     kind = _KINDS.get(name)
     inside = {"blocks", "split"} if kind else set()
