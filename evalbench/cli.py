@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -525,6 +525,52 @@ def check(
 
 
 @app.command()
+def replicate(
+    kit: Annotated[
+        str, typer.Argument(help="edm-cifar10, diff-sampler-cifar10, adm-evaluator, mlperf-sdxl, dit-xl-256.")
+    ],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Walk every cell on a random stand-in.")] = False,
+    model: ModelText = "",
+    trust_remote_code: Trust = False,
+    nfe: Nfe = None,
+    guidance: Guidance = None,
+    images: Annotated[str, typer.Option("--images", help="Sample file of a kit that scores one.")] = "",
+    reference: Annotated[str, typer.Option("--reference", help="Reference file of such a kit.")] = "",
+    out: Out = None,
+    workers: Workers = None,
+    address: Address = None,
+    serial: Serial = False,
+) -> None:
+    """A published table measured again: protocol, accepted values, cost; the run ends in one file to send back."""
+    from evalbench import replicate as kits
+
+    found = kits.load_kit(kit)
+    _print_lines(kits.describe(found))
+    if dry_run:
+        _print_lines(kits.dry_run(found))
+        return
+    given = kits.Given(
+        model,
+        trust_remote_code,
+        tuple(_numbers(nfe, "--nfe", int) or ()),
+        tuple(_numbers(guidance, "--guidance", float) or ()),
+        images,
+        reference,
+    )
+    if found.images:
+        _print_lines(kits.score(found, given))
+        return
+    folder = out or Path("results/runs") / found.name
+    records = _run(kits.request_of(found, given), folder, Placement(serial, workers, address))
+    _print_lines(kits.judged(found, records))
+
+    from evalbench.bundle import pack_command
+
+    pack_command(folder, None)
+    _finish(records, folder)
+
+
+@app.command()
 def doctor() -> None:
     """What works on this machine and what is missing, with the line to type."""
     from evalbench import catalogue
@@ -659,6 +705,11 @@ def _load_modules(words: list[str] | None) -> None:
         from evalbench.metrics.modules import load_modules
 
         load_modules(words)
+
+
+def _print_lines(lines: Iterable[str]) -> None:
+    for line in lines:
+        print(line)
 
 
 def _print_catalogue(rows: list[dict[str, Any]]) -> None:

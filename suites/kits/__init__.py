@@ -1,0 +1,1 @@
+"""Replication kits: one manifest each, read by `evalbench replicate`."""
