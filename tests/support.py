@@ -74,6 +74,24 @@ class KillsWorker(Solver):
         os._exit(1)
 '''
 
+# A method that can be killed in the middle, and a suite whose chunks land one by one.
+SLOW = '''
+import time
+from evalbench.interfaces import Solver
+from evalbench.registry import register
+
+
+@register("slow")
+class Slow(Solver):
+    """One evaluation, and time to be killed in."""
+
+    def sample(self, denoiser, x_T, cond, nfe, noise):
+        time.sleep(0.15)
+        return denoiser(x_T, 0.5, cond)
+'''
+SMALL_CHUNKS = 'extends = "gmm-smooth"\nname = "chaos"\nversion = 1\nsummary = "small chunks"\n[sampling]\nchunk = 32\n'
+
+
 # A method that needs what it prepared.
 PREPARES = '''
 import numpy as np

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support import descends, request, run_serial, small_suite
+from support import SLOW, SMALL_CHUNKS, descends, request, run_serial, small_suite
 
 from evalbench import runner
 from evalbench.cluster import RayExecutor
@@ -32,20 +32,6 @@ pytestmark = pytest.mark.slow
 
 TIMES = int(os.environ.get("EVALBENCH_CHAOS", "3"))
 EVALBENCH = [sys.executable, "-m", "evalbench"]
-SLOW = '''
-import time
-from evalbench.interfaces import Solver
-from evalbench.registry import register
-
-
-@register("slow")
-class Slow(Solver):
-    """One evaluation, and time to be killed in."""
-
-    def sample(self, denoiser, x_T, cond, nfe, noise):
-        time.sleep(0.15)
-        return denoiser(x_T, 0.5, cond)
-'''
 tally: Counter[str] = Counter()
 
 
@@ -132,8 +118,7 @@ def _command(folder: Path, plugin: Path, *more: str) -> list[str]:
 def plugin(tmp_path: Path) -> Path:
     """The slow method, and a suite with small chunks."""
     (tmp_path / "slow.py").write_text(SLOW)
-    suite = 'extends = "gmm-smooth"\nname = "chaos"\nversion = 1\nsummary = "small chunks"\n[sampling]\nchunk = 32\n'
-    (tmp_path / "chaos.toml").write_text(suite)
+    (tmp_path / "chaos.toml").write_text(SMALL_CHUNKS)
     return tmp_path / "slow.py"
 
 
