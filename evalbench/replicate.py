@@ -125,8 +125,8 @@ def describe(kit: Kit) -> Iterator[str]:
     yield f"{kit.name}: {kit.summary}"
     yield f"reference: {kit.reference}; noise: {kit.noise}"
     numbers = kit.numbers()
-    for source in dict.fromkeys(f"source: {one.origin}; NFE: {one.table.nfe_convention or 'none'}" for one in numbers):
-        yield source
+    conventions = dict.fromkeys((one.origin, one.table.nfe_convention or "none") for one in numbers)
+    yield from (f"source: {origin}; NFE: {convention}" for origin, convention in conventions)
     for one in numbers:
         budget = f" at NFE {one.nfe}" if one.nfe else ""
         said = f"window {one.window[0]:g} to {one.window[1]:g}" if one.window else f"published {one.value:g}"
