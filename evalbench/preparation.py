@@ -30,6 +30,7 @@ from evalbench.spec import Cell, Suite, content_id
 SEARCH = 2**32  # first seed of search noise and of the search split; run seeds lie below
 _REFERENCE_SEED = SEARCH + 2**31  # the split that the metric oracle refers to, apart from what `data` hands out
 _REFERENCE_SAMPLES = 20_000
+_BLOCK = 500  # samples whose features are made at once
 
 
 def preparation_key(suite: Suite, chain: Chain, cell: Cell) -> str:
@@ -183,7 +184,10 @@ class Context(Preparation):
         """Features of the suite's first Frechet distance; the samples themselves where it has none."""
         names = (self._setup.suite.metrics.primary, *self._setup.suite.metrics.names)
         extractor = next((name.partition("@")[2] for name in names if name.startswith("fd@")), "identity")
-        batch = SampleBatch(x, images_of(self._setup.model, x), self.cond(range(len(x))), self._setup.model)
-        features: Any = registry.build_extractor(extractor)(batch).flatten(1)
-        array: np.ndarray = features.cpu().numpy()
-        return array
+        extract: Any = registry.build_extractor(extractor)
+        cond, model = self.cond(range(len(x))), self._setup.model
+        found: list[np.ndarray] = []
+        for rows in torch.split(torch.arange(len(x), device=x.device), _BLOCK):  # a decoder takes no reference at once
+            batch = SampleBatch(x[rows], images_of(model, x[rows]), cond.rows(rows), model)
+            found.append(extract(batch).flatten(1).cpu().numpy())
+        return np.concatenate(found)

@@ -15,7 +15,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from evalbench.errors import UserError, unknown
 from evalbench.published import Published, published
@@ -53,7 +53,7 @@ class Kit(Frozen):
     reference: str
     noise: str
     seeds: tuple[int, ...]
-    metrics: dict[str, str] = {}
+    metrics: dict[str, str] = Field(default_factory=dict)
     methods: tuple[str, ...] = ()
     needs: tuple[Literal["nfe", "guidance"], ...] = ()
     grid: str = ""

@@ -49,6 +49,7 @@ VARIANTS = [
     "rbf(interpolant=vp)",
     "svdd(interpolant=vp,grid=)",
     "dpm-solver+++faster-diffusion(keys=uniform:3,parallel=true)",
+    "ddim+deediff(policy=random,images=4,iterations=1)",
 ]
 SUITES = ["gmm-smooth", "gmm-smooth-edm", "gmm-smooth-flow"]
 # Where a method runs that needs what the models of SUITES do not have, by what it needs.

@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import twins
 from support import CountingExecutor, request, run_serial, small_suite
 
 from evalbench import preparation, registry, runner, sampling
 from evalbench.cost.ledger import Ledger
 from evalbench.errors import Unsupported
-from evalbench.interfaces import Cond
+from evalbench.interfaces import Cond, Model
 from evalbench.runner import make_cell
 from evalbench.store import Store
 from evalbench.worker import PrepareJob
@@ -211,6 +212,23 @@ def test_data_are_draws_of_the_model_and_the_oracle_sees_it() -> None:
     assert np.abs(np.cov(x.numpy().T) - exact["cov"]).max() < 0.1
     assert context.distance(x) < 0.01, "the floor of 20,000 draws in 8 dimensions"
     assert context.distance(x + 0.5) == pytest.approx(8 * 0.25, rel=0.1), "|mean difference|^2"
+
+
+def test_images_are_decoded_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference of a search is 20,000 samples: no decoder takes them at once."""
+    made, sizes = twins.setup("dit"), []
+
+    def decoded(model: Model, x: torch.Tensor) -> torch.Tensor | None:
+        sizes.append(len(x))
+        return sampling.images_of(model, x)
+
+    monkeypatch.setattr(preparation, "images_of", decoded)
+    context = preparation.Context(made, registry.build_method("ddim"), make_cell(made.suite, "ddim", 4, 1.0, 0), 0, [])
+    x = torch.linspace(-1.0, 1.0, 1200, dtype=made.dtype)[:, None, None, None].expand(-1, *made.model.shape)
+    features = context._features(x)
+    assert sizes == [500, 500, 200]
+    np.testing.assert_allclose(features[[0, 600, 1199]], context._features(x[[0, 600, 1199]]), rtol=1e-4, atol=1e-4)
+    assert not np.allclose(features[0], features[1199])
 
 
 def test_a_class_gets_its_own_draws() -> None:

@@ -95,8 +95,9 @@ class HarmoniCa(Wrap):
     Before the first time it is 1, and all logits start at 0: both are ours.
 
     `ratio` fixes how much is reused, so that tables can be held against other caches: beta is then, after each
-    roll-out, that quantile of the gradients (the first roll-out sets it), and the sub-layers of the lowest logits are
-    reused. The paper fixes beta and computes where s > 0.1: `ratio=0`.
+    roll-out, that quantile of the gradients (the first roll-out sets it), while training a sub-layer is computed where
+    s >= 1/2, and in the end those of the lowest logits are reused. The paper fixes beta and computes where s > 0.1:
+    `ratio=0`.
 
     Attributes:
         ratio: share of all runs of sub-layers that are reused, in [0, 1), at most those after the first step.

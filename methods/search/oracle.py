@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from evalbench.engine import Plan, execute
-from evalbench.interfaces import Preparation
+from evalbench.interfaces import Denoiser, Preparation
 
 _BATCH = 256  # rows per call, so that a search over images fits where a run does
 
@@ -28,9 +28,13 @@ class Oracle:
             x_T, cond = context.x_T(noise), context.cond(indices)
             self._batches.append((noise, x_T, cond, context.denoiser(len(indices))))
 
-    def __call__(self, plan: Plan) -> float:
-        """The distance; infinite where a plan leaves the finite numbers."""
-        made = [execute(plan, denoiser, x_T, cond, noise) for noise, x_T, cond, denoiser in self._batches]
+    def __call__(self, plan: Plan, wrap: Callable[[Denoiser], Denoiser] = lambda denoiser: denoiser) -> float:
+        """The distance; infinite where a plan leaves the finite numbers.
+
+        Args:
+            wrap: what stands around the field while the plan is executed.
+        """
+        made = [execute(plan, wrap(denoiser), x_T, cond, noise) for noise, x_T, cond, denoiser in self._batches]
         x = torch.cat(made)
         score = self._context.distance(x) if bool(torch.isfinite(x).all()) else math.inf
         return score if math.isfinite(score) else math.inf

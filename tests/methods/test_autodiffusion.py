@@ -7,17 +7,22 @@ import sys
 import numpy as np
 import pytest
 import torch
+import twins
 from exact_model import COND, draw, exact, solver
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import small_suite
+from methods_inside import B, draw_with
+from methods_inside import prepared as inside_prepared
+from support import request, small_suite
 
 from evalbench import preparation, registry, sampling
+from evalbench.cost.ledger import Ledger
 from evalbench.engine import execute
 from evalbench.errors import Unsupported, UserError
 from evalbench.interfaces import Artifact
 from evalbench.noise import NoiseSource
 from evalbench.paths import Path, VPDiscrete, make_path
+from evalbench.plan import make_plan
 from evalbench.runner import make_cell
 
 autodiffusion = sys.modules[registry.get("method", "autodiffusion").__module__]  # nobody imports a method by its name
@@ -123,7 +128,11 @@ def evolved(seed, n, population, epochs, *, repair):
     def score(steps):
         return float(np.abs(np.resize(np.sort(steps), n) - target).sum())
 
-    return autodiffusion.evolve(score, np.random.default_rng(seed), n, population, epochs, repair=repair), score
+    found = autodiffusion.evolve(
+        lambda candidate: score(candidate[0]), np.random.default_rng(seed), n, population, epochs, repair=repair
+    )
+    assert not any(layers for _, layers in found)
+    return {steps: value for (steps, _), value in found.items()}, score
 
 
 @given(SEEDS, st.integers(1, 10), st.integers(4, 30), st.integers(1, 4), st.booleans())
@@ -223,3 +232,147 @@ def test_wrong_settings_are_refused(text, reason):
 def test_a_budget_beyond_half_the_table_is_refused():
     with pytest.raises(Unsupported, match="at most 500 of 1000 steps"):
         prepared("autodiffusion", nfe=501)
+
+
+# --- layers ---------------------------------------------------------------------------------------------------------
+
+INSIDE = ("dit", "sd", "sd3")
+
+
+def thinned(steps, skipped, kind="dit", guidance=1.0):
+    artifact = Artifact(facts={"steps": steps, "skipped": skipped})
+    return draw_with([artifact], "autodiffusion(layers=0.5)", len(steps), kind, guidance)
+
+
+@given(SEEDS, st.integers(1, 8), st.integers(1, 9), st.data())
+@settings(max_examples=60, deadline=None)
+def test_operators_leave_out_as_many_blocks_as_before(seed, n, blocks, data):
+    rng = np.random.default_rng(seed)
+    total = data.draw(st.integers(0, n * blocks - 1))
+    skips = autodiffusion.Skips(blocks, total)
+    a, b = skips.random(rng, n), skips.random(rng, n)
+    crossed = autodiffusion.crossed(rng, a, b)
+    few, many = (tuple(frozenset(range(k)) for _ in range(n)) for k in (0, blocks))
+    balanced = [skips.balanced(rng, layers) for layers in (crossed, few, many)]
+    for layers in (a, skips.mutated(rng, a, 0.25), *balanced):
+        assert len(layers) == n
+        assert sum(len(each) for each in layers) == total
+        assert all(each <= set(range(blocks)) for each in layers)
+    assert skips.mutated(rng, a, 0.0) == a
+    assert autodiffusion.Skips(blocks, total, mutates=False).mutated(rng, a, 1.0) == a
+
+
+def test_a_mutation_of_layers_replaces_a_quarter():
+    rng, skips = np.random.default_rng(0), autodiffusion.Skips(50, 100)
+    layers = skips.random(rng, 10)
+    stayed = []
+    for _ in range(200):
+        new = skips.mutated(rng, layers, 0.25)
+        stayed.append(sum(len(a & b) for a, b in zip(layers, new, strict=True)) / 100)
+    assert 1 - np.mean(stayed) == pytest.approx(0.25, abs=4 * np.sqrt(0.25 * 0.75 / 20_000))
+
+
+@pytest.mark.parametrize("repair", [True, False])
+def test_an_evolution_finds_steps_and_layers_together(repair):
+    n, skips = 4, autodiffusion.Skips(6, 5)
+    rng = np.random.default_rng(7)
+    target = autodiffusion.rising((autodiffusion.random_steps(rng, n), skips.random(rng, n)))
+
+    def score(candidate):
+        steps, layers = candidate
+        far = np.abs(np.resize(steps, n) - np.array(target[0])).sum() / 1000
+        return float(far + sum(len(a ^ b) for a, b in zip(layers, target[1], strict=False)))
+
+    scored = autodiffusion.evolve(score, np.random.default_rng(0), n, 40, 8, repair=repair, skips=skips)
+    assert len(scored) == 320
+    assert all(value == score(candidate) for candidate, value in scored.items())
+    for steps, layers in scored:
+        assert len(steps) == len(layers) == len(set(steps))
+        assert list(steps) == sorted(steps)
+        assert sum(map(len, layers)) == 5 or (not repair and len(steps) < n)
+    blind = min(score((autodiffusion.random_steps(rng, n), skips.random(rng, n))) for _ in range(320))
+    assert min(scored.values()) < blind
+    assert next(iter(scored))[0] == autodiffusion.uniform_steps(n)
+
+
+@pytest.mark.parametrize("kind", INSIDE)
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_each_step_leaves_out_its_own_blocks_and_does_not_pay_for_them(kind, guidance):
+    steps, skipped = [120, 430, 800], [[0, 2], [], [1]]
+    x, ledger = thinned(steps, skipped, kind, guidance)
+    made = twins.setup(kind)
+    names, x_0 = made.door.blocks.names, torch.zeros(B, *made.model.shape, dtype=made.dtype)
+    cond = sampling.conditions(made.suite, made.model, range(B), made.device)
+    left = [[names[k] for k in blocks] for blocks in skipped]
+    shares = [made.door.share(made.door.blocks.bypass(each), x_0, 0.5, cond, key=object()) for each in left]
+    calls = 1 if guidance == 1.0 else 2
+    assert ledger.nfe.tolist() == [3.0] * B
+    assert ledger.evals["base"].tolist() == [3.0 * calls] * B
+    np.testing.assert_allclose(ledger.cost, calls * sum(shares))
+    assert max(shares) == pytest.approx(1.0)
+    whole = thinned(steps, [[], [], []], kind, guidance)
+    np.testing.assert_allclose(whole[1].cost, calls * 3.0)
+    assert not torch.equal(whole[0], x)
+    alone, _ = draw_with([Artifact(facts={"steps": steps})], "autodiffusion", 3, kind, guidance)
+    assert torch.equal(alone, whole[0]), "a network that leaves out nothing is the network itself"
+
+
+def test_the_walk_leaves_out_the_blocks_of_the_step_it_is_at():
+    """By hand: DDIM from the largest step down, each prediction from the network with its own blocks bypassed."""
+    made, steps, skipped = twins.setup("dit"), [120, 430, 800], [[0, 2], [], [1]]
+    x, _ = thinned(steps, skipped)
+    cond = sampling.conditions(made.suite, made.model, range(B), made.device)
+    made.door.ledger = Ledger(B)
+    names = made.door.blocks.names
+    state = made.model.start(NoiseSource(0, range(B), made.model.shape, made.dtype), made.path)
+    state = state / float(np.hypot(made.path.alpha(made.path.t_start), made.path.sigma(made.path.t_start)))
+    times = [(step + 1) / 1000 for step in steps]
+    state = state * float(np.hypot(made.path.alpha(times[-1]), made.path.sigma(times[-1])))
+    with torch.no_grad():
+        for i in (2, 1, 0):
+            alpha, sigma = float(made.path.alpha(times[i])), float(made.path.sigma(times[i]))
+            with made.door.blocks.bypass([names[k] for k in skipped[i]])():
+                eps = made.door(state, times[i], cond, "eps")
+            x0 = (state - sigma * eps) / alpha
+            t = times[i - 1] if i else None
+            state = x0 if t is None else float(made.path.alpha(t)) * x0 + float(made.path.sigma(t)) * eps
+    torch.testing.assert_close(x, state, rtol=1e-8, atol=1e-8)
+
+
+def test_a_search_over_layers_leaves_out_the_share_that_it_was_told_and_is_billed():
+    text = "autodiffusion(population=4,epochs=2,samples=8,layers=0.8)"
+    found = inside_prepared(text, 5)
+    facts = found.artifacts[0].facts
+    assert sum(map(len, facts["skipped"])) == 4  # of 5 steps with 4 blocks
+    assert len(facts["skipped"]) == len(facts["steps"]) == 5
+    assert found.bill["nfe"] == 4 * 2 * 8 * 5
+    assert 0.75 < found.bill["cost"] / found.bill["nfe"] < 0.85
+    assert inside_prepared.__wrapped__(text, 5).artifacts[0].facts == facts
+    network = twins.setup("dit").door.network
+    assert not any("forward" in vars(module) for module in network.modules())
+
+
+def test_layers_of_a_model_without_blocks_are_not_supported():
+    with pytest.raises(Unsupported, match=r"^not supported: needs blocks$"):
+        prepared("autodiffusion(layers=0.9)")
+    assert not registry.build_method("autodiffusion").requires
+
+
+@pytest.mark.parametrize(("layers", "reason"), [("0", r"layers must be in \(0, 1\], got 0"), ("1.2", r"got 1.2")])
+def test_shares_of_layers_that_mean_nothing_are_refused(layers, reason):
+    with pytest.raises(UserError, match=reason) as error:
+        registry.build_method(f"autodiffusion(layers={layers})")
+    assert "\n" not in str(error.value)
+
+
+def test_a_share_that_leaves_no_block_is_refused_before_anything_runs():
+    with pytest.raises(UserError, match=r"layers=0.01 leaves none of the 4 blocks in 5 steps"):
+        make_plan(request(twins.suite("dit"), ["autodiffusion(layers=0.01)"], metrics=(), nfe=(5,)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "last"), [("sd-1.5", 37), ("dit-xl", 27)])
+def test_layers_of_large_networks_are_left_out(kind, last):
+    x, ledger = thinned([100, 500, 900], [[0, last], [last // 2], []], kind)
+    assert torch.isfinite(x).all()
+    assert 0 < ledger.cost[0] < 3
