@@ -57,10 +57,23 @@ def normal_interval(value: float, se: float) -> Interval:
     return Interval(value - Z95 * se, value + Z95 * se)
 
 
-def t_interval(value: float, se: float, df: float) -> Interval:
-    """value -/+ t se, t the two-sided 95 % point of Student's distribution with df degrees of freedom."""
-    half = t_quantile(0.05, df) * se
-    return Interval(value - half, value + half)
+def t_interval(value: float, se: float, df: float, slope: float = 0.0) -> Interval:
+    """value -/+ t se, t the two-sided 95 % point of Student's distribution with df degrees of freedom.
+
+    Args:
+        slope: see `StandardError`; the end on the side where the error is larger lies farther out.
+    """
+    t = t_quantile(0.05, df)
+    return Interval(value - reach(-slope, se, t), value + reach(slope, se, t))
+
+
+def reach(slope: float, se: float, t: float) -> float:
+    """How far an interval reaches to the side where the squared error rises: the x with x = t (se^2 + slope x)^1/2.
+
+    A slope below 0 counts as 0: an end is never nearer than t se.
+    """
+    rise = max(slope, 0.0) * t * t / 2
+    return rise + math.sqrt(rise * rise + (t * se) ** 2)
 
 
 def t_quantile(level: float, df: float) -> float:
@@ -70,7 +83,9 @@ def t_quantile(level: float, df: float) -> float:
     return -float(stdtrit(df, level / 2))
 
 
-def p_beyond(difference: ArrayLike, margin: ArrayLike, se: ArrayLike, df: ArrayLike) -> NDArray[np.float64]:
+def p_beyond(
+    difference: ArrayLike, margin: ArrayLike, se: ArrayLike, df: ArrayLike, slope: ArrayLike = 0.0
+) -> NDArray[np.float64]:
     """Two-sided p of "the difference is within the margin" by Student's t, elementwise.
 
     At most 0.05 iff `t_interval` lies beyond the margin on one side. Without error it is 0 or 1.
@@ -78,18 +93,26 @@ def p_beyond(difference: ArrayLike, margin: ArrayLike, se: ArrayLike, df: ArrayL
     from scipy.special import stdtr  # slow to import
 
     beyond, se = np.abs(difference) - margin, np.asarray(se, dtype=float)
+    # the error at the margin, if it is larger there: beyond it from below when the difference is negative
+    rise = np.maximum(-np.sign(difference) * np.asarray(slope), 0.0) * np.maximum(beyond, 0.0)
     with np.errstate(divide="ignore", invalid="ignore"):
-        p = 2 * stdtr(df, -beyond / se)
+        p = 2 * stdtr(df, -beyond / np.sqrt(se**2 + rise))
     found: NDArray[np.float64] = np.where(beyond <= 0, 1.0, np.where(se == 0, 0.0, np.minimum(p, 1.0)))
     return found
 
 
 @dataclass(frozen=True)
 class StandardError:
-    """A standard error and the degrees of freedom it was estimated with; infinite where nothing varies."""
+    """A standard error and the degrees of freedom it was estimated with; infinite where nothing varies.
+
+    Attributes:
+        slope: what the squared error rises by with the value, where both are high or low together by chance: at a truth
+            above the value by x the squared error is se^2 + slope x.
+    """
 
     se: float
     df: float
+    slope: float = 0.0
 
 
 def standard_error(influence: np.ndarray, clusters: np.ndarray | None = None) -> StandardError:
@@ -134,6 +157,31 @@ def corrected_standard_error(
     ]
     variance = 1.5 * whole.se**2 - (parts[0] ** 2 + parts[1] ** 2) / 8  # a half's squared error is 2 V_{N/2} / N
     return StandardError(math.sqrt(max(variance, whole.se**2 / 2)), whole.df)
+
+
+def u_statistic_error(g: np.ndarray, squares: float, along: float) -> StandardError:
+    """Standard error of a U-statistic theta + mean 2 g(x_i) + mean_{i != j} psi(x_i, x_j), psi centred and degenerate.
+
+    Its variance is 4 E g^2 / n + 2 E psi^2 / n^2 (Hoeffding 1948), each part estimated by itself. The estimated g of a
+    sample is the mean of its row, and E psi^2 / n too large in its square; what is left of the first part may be below
+    0 by chance, and counts as 0 then. So the error is never below that of the second part, which is nearly all of it
+    where the first vanishes: in a distance near its least. There an error in one piece falls with the value.
+
+    Farther off the two still move together: a sample in which g is large by chance has a large value and a large error,
+    and misses lie on one side, as in the expansion of a studentised U-statistic (Helmers 1991). `slope` is
+    Cov(value, 4 E g^2 / n) / Var(value) by (8 / n^2) (E g^3 + E g g psi); E g g psi of estimated g holds E psi psi psi
+    / n too, which leads where psi does.
+
+    Args:
+        g: estimated, centred, (n,). squares: mean of psi^2 over pairs. along: mean of g_i psi_ij g_j over pairs.
+    """
+    n, plain = len(g), standard_error(2 * g)
+    second = 2 * squares / n**2
+    variance = second + max(plain.se**2 - 2 * second, 0.0)
+    if variance == 0:
+        return plain
+    slope = 8 / n**2 * (float(np.mean(g**3)) + along) / variance
+    return StandardError(math.sqrt(variance), plain.df, slope)
 
 
 def wilson_interval(successes: float, n: int) -> Interval:

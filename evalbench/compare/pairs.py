@@ -130,6 +130,7 @@ class Pair:
             se=found.se,
             n=found.n,
             df=found.df,
+            slope=found.slope,
             tolerance=self.tolerances.get(metric, default_tolerance(metric, values[0], self.runs[0].suite)),
         )
 
@@ -158,7 +159,7 @@ class Pairs:
             _, found = pair.difference(metric)
         except NotComparable:
             return None
-        return Difference(found.value, found.se, found.df)
+        return Difference(found.value, found.se, found.df, found.slope)
 
     def solution(self, record: Record) -> str | None:
         """The cell id of the fine solution from the same noise; None where the suite has none."""

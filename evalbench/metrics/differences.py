@@ -67,16 +67,14 @@ def frechet_difference(base: Array, new: Array, reference: Parts, clusters: np.n
 def kernel_difference(base: Array, new: Array, reference: Parts, clusters: np.ndarray | None = None, /) -> Difference:
     """Difference of the unbiased squared MMDs to the same reference rows; a U-statistic, at any N and D.
 
-    Guarantees: exactly unbiased at every N; the error is corrected to second order (`Mmd.error`). False alarms at a
-    stated 5 %: 1 to 6 %. Where two samplers share all noise and differ in scale alone it is 5.6 % of 1400, 4.3 % on one
-    side and 1.4 % on the other: psi is estimated, so that its variance rises with the difference (correlation 0.7).
-    At d = 256, a power law and N = 512 it is 9 % of 400, all on one side: there the goal of 7 % is missed.
-    Degrees of freedom that count this would be 18 in place of 500, but then perfect twins are told apart in 0.3 %.
+    Guarantees: exactly unbiased at every N; 0.2 to 6 % of false alarms at a stated 5 % (benchmarks/verdict_rates.py).
+    Near 0.2 % where nearly all of the error is of second order and in few directions, as between scales of one Gaussian
+    with a power law at d = 256: a symmetric error in one piece alarmed in 9 % there (`stats.u_statistic_error`).
     """
     if len(base) < 4:
         raise TooFewSamples(f"N too small: {len(base)} samples; a U-statistic with its error needs 4")
     y = reference_rows("kid", "reference", reference, base.shape[1])
-    found = mmd2(new, y, clusters) - mmd2(base, y, clusters)
+    found = mmd2(new, y, clusters, base)
     return with_error(found.value, found.error, len(base))
 
 

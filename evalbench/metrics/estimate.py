@@ -21,6 +21,7 @@ class Difference:
         n: samples, of each cell. note: such as `N < 8 d`.
         df: degrees of freedom of the standard error, for Student's t; with few samples or heavy tails the normal
             distribution would reject too often.
+        slope: of the squared standard error by the value, see `StandardError`.
     """
 
     value: float
@@ -28,11 +29,12 @@ class Difference:
     n: int
     note: str = ""
     df: float = math.inf
+    slope: float = 0.0
 
     @property
     def interval(self) -> Interval:
         """95 % interval."""
-        return t_interval(self.value, self.se, self.df)
+        return t_interval(self.value, self.se, self.df, self.slope)
 
 
 class TooFewSamples(Exception):
@@ -54,4 +56,4 @@ def from_influence(value: float, psi: Array, clusters: np.ndarray | None) -> Dif
 
 def with_error(value: float, error: StandardError, n: int) -> Difference:
     """A difference over n samples with its standard error."""
-    return Difference(value, error.se, n, df=error.df)
+    return Difference(value, error.se, n, df=error.df, slope=error.slope)
