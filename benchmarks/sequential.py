@@ -33,7 +33,7 @@ def scores(gaps: np.ndarray, tolerance: float) -> dict[str, list[Look]]:
     """Both designs on the same paired differences."""
 
     def at(n: int) -> Difference:
-        return from_influence(float(gaps[:n].mean()), gaps[:n], None)
+        return from_influence(float(gaps[:n].mean()), gaps[:n])
 
     tenths = [N * k // 10 for k in range(1, 11)]
     hundredths = [N * k // 100 for k in range(2, 101)]

@@ -121,9 +121,9 @@ def nfe_of(suite: Suite, method: str, unit: BudgetUnit, budget: int, guidance: f
 def conditions(suite: Suite, model: Model, indices: Sequence[int], device: torch.device) -> Cond:
     """Conditions of global sample indices: a function of the index alone."""
     measured = model.measure(indices, MEASUREMENTS)
-    if suite.conditions.labels == "none":
+    labels = suite.conditions.plan(indices)
+    if labels is None:
         return Cond(measured=measured)
-    labels = [i % suite.conditions.classes for i in indices]
     captions = tuple(model.caption(label) for label in labels) if model.is_image else None
     return Cond(torch.tensor(labels, dtype=torch.int64, device=device), captions, measured)
 

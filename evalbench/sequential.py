@@ -20,7 +20,7 @@ from evalbench.compare.tolerances import check_tolerances
 from evalbench.compare.words import FINE, LEVEL, NOT_COMPARABLE, REGRESSION, Effect
 from evalbench.errors import UserError
 from evalbench.looks import Look, frechet_looks, group_sequential
-from evalbench.metrics.differences import ROUTES
+from evalbench.metrics.differences import ROUTES, frechet_difference
 from evalbench.metrics.estimate import Difference
 from evalbench.runner import Executor, Observer, Request
 from evalbench.spec import Record, chunks_of
@@ -138,11 +138,14 @@ class _Cell:
             raise NotComparable(f"'{metric}' has no value in BASE")
         planned, chunk = old.samples, old.chunk or old.samples
         steps = [round(planned * k / _LOOKS) for k in range(1, _LOOKS + 1)]
-        if name.startswith("fd"):
+        if ROUTES[name].compute is frechet_difference:
             first = chunks_of(old.cell.id, planned, chunk)[0]
-            rows = self.base.chunk(first).get(arg)
+            features = ROUTES[name].features.format(arg)
+            rows = self.base.chunk(first).get(features)
             if rows is None:
-                raise NotComparable(f"feature arrays missing: '{arg}' is not in the chunks of {self.base.store.folder}")
+                raise NotComparable(
+                    f"feature arrays missing: '{features}' is not in the chunks of {self.base.store.folder}"
+                )
             steps = list(frechet_looks(planned, int(rows[0].size), _LOOKS))
         return tuple(sorted({min(planned, -(-step // chunk) * chunk) for step in steps}))
 

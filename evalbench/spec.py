@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import tomllib
+from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -53,6 +54,10 @@ class Conditions(Frozen):
 
     labels: Literal["cyclic", "none"] = "none"
     classes: int = Field(0, ge=0)
+
+    def plan(self, indices: Iterable[int]) -> list[int] | None:
+        """Labels of global sample indices; None without."""
+        return None if self.labels == "none" else [i % self.classes for i in indices]
 
 
 class Sampling(Frozen):

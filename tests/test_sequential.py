@@ -85,7 +85,7 @@ def gaps(key: int, effect: float = 0.0) -> np.ndarray:
 
 def looked(x: np.ndarray, tolerance: float) -> Any:
     def at(n: int) -> Difference:
-        return from_influence(float(x[:n].mean()), x[:n], None)
+        return from_influence(float(x[:n].mean()), x[:n])
 
     return group_sequential(at, [N * k // 8 for k in range(1, 9)], tolerance)[-1]
 

@@ -13,7 +13,7 @@ from evalbench.compare.runs import NotComparable, Run, chunk_size
 from evalbench.compare.tolerances import default_tolerance
 from evalbench.compare.words import Effect
 from evalbench.metrics.common import Array
-from evalbench.metrics.differences import ROUTES, Difference, Route, TooFewSamples
+from evalbench.metrics.differences import ROUTES, Difference, Plan, Route, TooFewSamples
 from evalbench.spec import MetricValue, Record
 from evalbench.store import Store
 
@@ -77,8 +77,9 @@ class Pair:
             self._value(side, record, metric)
         reference = self._reference(route.reference.format(arg)) if route.reference else {}
         base, new = (self._rows(run, record, route, arg) for run, record in zip(self.runs, self._records, strict=True))
+        plan = Plan(self._clusters(), self._strata())
         try:
-            return route, route.compute(base, new, reference)
+            return route, route.compute(base, new, reference, plan)
         except TooFewSamples as error:
             raise NotComparable(str(error)) from None
 
@@ -91,7 +92,7 @@ class Pair:
                 continue
 
     def _check_protocol(self, route: Route, arg: str) -> None:
-        keys = {"features": arg, "references": route.reference.format(arg)}
+        keys = {"features": route.features.format(arg), "references": route.reference.format(arg)}
         for fact, key in keys.items():
             sides = [record.protocol_facts.get(fact, {}).get(key) for record in self._records]
             _same(sides[0], sides[1], f"{fact}.{key}")
@@ -115,8 +116,25 @@ class Pair:
     def _rows(self, run: Run, record: Record, route: Route, arg: str) -> Array:
         if route.rows == "errors":
             return run.errors(record, arg)
-        rows = run.rows(record.cell.id, record.samples, chunk_size(record), arg)
+        rows = run.rows(record.cell.id, record.samples, chunk_size(record), route.features.format(arg))
         return rows[:, 0] if route.rows == "scores" else rows
+
+    def _clusters(self) -> np.ndarray | None:
+        """Which samples share a prompt, (N,), where the chunks say it; the same in both."""
+        base, new = (
+            run.clusters(record.cell.id, record.samples, chunk_size(record))
+            for run, record in zip(self.runs, self._records, strict=True)
+        )
+        if base is None and new is None:
+            return None
+        if base is None or new is None or not np.array_equal(base, new):
+            raise NotComparable("the samples that share a prompt differ")
+        return base
+
+    def _strata(self) -> np.ndarray | None:
+        """The class of each sample, (N,), as the suite plans them: as many of each, give or take one."""
+        labels = self.runs[0].suite.conditions.plan(range(self.old.samples))
+        return None if labels is None else np.asarray(labels)
 
     def _effect(self, metric: str, route: Route, values: Sequence[MetricValue], found: Difference) -> Effect:
         return Effect(

@@ -6,21 +6,23 @@ d +- t se with Student's t at `df` degrees of freedom; the reference is taken as
 distance is no route: its bias favours the sampler with too little variance. What each route guarantees stands in its
 docstring, as measured (docs/compare.md; `benchmarks/verdict_rates.py` prints it).
 
-`clusters`, int (N,), names the prompt of each sample; samples of one prompt then count as one.
+`plan` says which samples share a prompt, and whether classes have fixed numbers of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import Literal, TypeAlias
 
 import numpy as np
 
 from evalbench.interfaces import Parts
+from evalbench.metrics.cmmd import SCALE as CMMD_SCALE
+from evalbench.metrics.cmmd import gaussian_kernel
 from evalbench.metrics.common import Array, reference_rows
-from evalbench.metrics.estimate import Compute, Difference, TooFewSamples, from_influence, with_error
+from evalbench.metrics.estimate import INDEPENDENT, Compute, Difference, Plan, TooFewSamples, from_influence, with_error
 from evalbench.metrics.exact_differences import nll_difference, pair_tv_difference, posterior_difference
 from evalbench.metrics.frechet import unpack_statistics
 from evalbench.metrics.kernel import mmd2
@@ -36,17 +38,19 @@ class Route:
     Attributes:
         statistic: what is compared, in words. rows: what it is computed from: feature rows (N, D), one score per
             sample (N,), or the paired error of each sample (N,).
-        compute: (base, new, reference) -> Difference. reference: key of the reference, `{}` for the features' name;
-            empty when it needs none.
+        compute: (base, new, reference) -> Difference.
+        reference: key of the reference, `{}` for what stands after the @ of the metric's id; empty when it needs none.
+        features: name of the stored array, in the same way.
     """
 
     statistic: str
     rows: Rows
     compute: Compute
     reference: str = ""
+    features: str = "{}"
 
 
-def frechet_difference(base: Array, new: Array, reference: Parts, clusters: np.ndarray | None = None, /) -> Difference:
+def frechet_difference(base: Array, new: Array, reference: Parts, plan: Plan = INDEPENDENT, /) -> Difference:
     """Difference of Frechet distances, each without its finite-sample bias (`unbiased.paired_difference`).
 
     Guarantees, measured on exact nulls (benchmarks/verdict_rates.py): about 5 % false alarms at a stated 5 %, at most
@@ -59,12 +63,12 @@ def frechet_difference(base: Array, new: Array, reference: Parts, clusters: np.n
     n, dims = base.shape
     if n < 4 * dims:
         raise TooFewSamples(f"N too small for d: {n} samples, {dims} dimensions; a verdict needs {4 * dims}")
-    found = paired_difference(new, base, unpack_statistics(reference), clusters)
+    found = paired_difference(new, base, unpack_statistics(reference), *plan)
     note = f"N < 8 d ({n} samples, {dims} dimensions)" if n < 8 * dims else ""
     return Difference(found.value, found.error.se, n, note, found.error.df)
 
 
-def kernel_difference(base: Array, new: Array, reference: Parts, clusters: np.ndarray | None = None, /) -> Difference:
+def kernel_difference(base: Array, new: Array, reference: Parts, plan: Plan = INDEPENDENT, /) -> Difference:
     """Difference of the unbiased squared MMDs to the same reference rows; a U-statistic, at any N and D.
 
     Guarantees: exactly unbiased at every N; 0.2 to 6 % of false alarms at a stated 5 % (benchmarks/verdict_rates.py).
@@ -74,39 +78,56 @@ def kernel_difference(base: Array, new: Array, reference: Parts, clusters: np.nd
     if len(base) < 4:
         raise TooFewSamples(f"N too small: {len(base)} samples; a U-statistic with its error needs 4")
     y = reference_rows("kid", "reference", reference, base.shape[1])
-    found = mmd2(new, y, clusters, base)
+    found = mmd2(new, y, plan.clusters, base, strata=plan.strata)
     return with_error(found.value, found.error, len(base))
 
 
-def mean_difference(base: Array, new: Array, reference: Parts, clusters: np.ndarray | None = None, /) -> Difference:
+def cmmd_difference(base: Array, new: Array, reference: Parts, plan: Plan = INDEPENDENT, /) -> Difference:
+    """Difference of the unbiased squared MMDs with the kernel of CMMD; the published value keeps a bias of O(1 / N)."""
+    if len(base) < 4:
+        raise TooFewSamples(f"N too small: {len(base)} samples; a U-statistic with its error needs 4")
+    y = reference_rows("cmmd", "reference", reference, base.shape[1])
+    found = mmd2(new, y, plan.clusters, base, gaussian_kernel, plan.strata)
+    error = replace(found.error, se=CMMD_SCALE * found.error.se, slope=CMMD_SCALE * found.error.slope)
+    return with_error(CMMD_SCALE * found.value, error, len(base))
+
+
+def mean_difference(base: Array, new: Array, reference: Parts, plan: Plan = INDEPENDENT, /) -> Difference:
     """Mean of the differences sample by sample; a paired t interval."""
     _need_two(base)
     gap = new - base
-    return from_influence(float(gap.mean()), gap, clusters)
+    return from_influence(float(gap.mean()), gap, plan)
 
 
-def shortfall_difference(
-    base: Array, new: Array, reference: Parts, clusters: np.ndarray | None = None, /
-) -> Difference:
+def shortfall_difference(base: Array, new: Array, reference: Parts, plan: Plan = INDEPENDENT, /) -> Difference:
     """Of a reward's rows: what is missing falls where the reward rises."""
-    return mean_difference(-base, -new, reference, clusters)
+    return mean_difference(-base, -new, reference, plan)
 
 
-def rms_difference(base: Array, new: Array, reference: Parts, clusters: np.ndarray | None = None, /) -> Difference:
+def scaled_difference(scale: Callable[[Array], Array]) -> Compute:
+    """Mean of the differences of a function of the scores."""
+
+    def compute(base: Array, new: Array, reference: Parts, plan: Plan = INDEPENDENT, /) -> Difference:
+        return mean_difference(scale(base), scale(new), reference, plan)
+
+    return compute
+
+
+def rms_difference(base: Array, new: Array, reference: Parts, plan: Plan = INDEPENDENT, /) -> Difference:
     """Difference of root mean squares; psi by the delta method."""
     _need_two(base)
     (a, psi_a), (b, psi_b) = (_rms(x) for x in (new, base))
-    return from_influence(a - b, psi_a - psi_b, clusters)
+    return from_influence(a - b, psi_a - psi_b, plan)
 
 
 def quantile_difference(q: float) -> Compute:
     """Difference of the q-quantiles; psi = (q - [x <= Q]) / f(Q), f from `_sparsity`."""
 
-    def compute(base: Array, new: Array, reference: Parts, clusters: np.ndarray | None = None, /) -> Difference:
+    def compute(base: Array, new: Array, reference: Parts, plan: Plan = INDEPENDENT, /) -> Difference:
         if len(base) < 20:
             raise TooFewSamples(f"N too small: {len(base)} samples; a difference of quantiles needs 20")
         (a, psi_a), (b, psi_b) = (_quantile(x, q) for x in (new, base))
-        return from_influence(a - b, psi_a - psi_b, clusters)
+        return from_influence(a - b, psi_a - psi_b, plan)
 
     return compute
 
@@ -137,14 +158,33 @@ def _sparsity(x: Array, q: float) -> float:
     return float(high - low) / (2 * h)
 
 
-__all__ = ["ROUTES", "Difference", "Route", "TooFewSamples"]
+__all__ = ["ROUTES", "Difference", "Plan", "Route", "TooFewSamples"]
 
 ROUTES: Mapping[str, Route] = {
     "fd": Route("paired difference without its bias", "features", frechet_difference, "{}"),
     "fd_to_converged": Route("paired difference without its bias", "features", frechet_difference, "converged/{}"),
+    "fid": Route("paired difference without its bias", "features", frechet_difference, "inception:{}", "inception:{}"),
+    "sfid": Route(
+        "paired difference without its bias",
+        "features",
+        frechet_difference,
+        "inception:{}:spatial",
+        "inception:{}:spatial",
+    ),
     "kid": Route("unbiased paired difference", "features", kernel_difference, "{}"),
+    "cmmd": Route("unbiased paired difference", "features", cmmd_difference, "{}"),
     "accuracy": Route("paired difference of means", "scores", mean_difference),
     "align": Route("paired difference of means", "scores", mean_difference),
+    "clip": Route("paired difference of means", "scores", mean_difference, features="clip-cosine:{}"),
+    "clip-x100": Route(
+        "paired difference of means", "scores", scaled_difference(lambda x: 100 * x), features="clip-cosine:{}"
+    ),
+    "clipscore": Route(
+        "paired difference of means",
+        "scores",
+        scaled_difference(lambda x: 2.5 * np.maximum(x, 0)),
+        features="clip-cosine:{}",
+    ),
     "mode-distance": Route("paired difference of means", "scores", mean_difference),
     "reward": Route("paired difference of means", "scores", mean_difference),
     "shortfall": Route("paired difference of means", "scores", shortfall_difference),

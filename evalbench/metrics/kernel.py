@@ -9,16 +9,17 @@ random subsets of 1000: the same expectation with more noise, and a number that 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
 from evalbench.interfaces import Parts, Value
 from evalbench.metrics.common import Array, Rows, RowsMetric, reference_rows, require_samples
 from evalbench.registry import register
-from evalbench.stats import StandardError, t_interval, u_statistic_error
+from evalbench.stats import StandardError, is_plan, t_interval, u_statistic_error, within_strata
 
+Kernel: TypeAlias = Callable[[Array, Array], Array]  # of all pairs of rows, (n, D) and (m, D) -> (n, m)
 _BLOCK = 512  # rows per block: 2 MB of kernel values, which stay in a core's cache
 _own_means: dict[str, float] = {}  # of references, by digest: every cell of a run meets the same one
 
@@ -39,28 +40,42 @@ def cubic_kernel(x: Array, y: Array) -> Array:
     return cubes
 
 
-def _row_sums(x: Array, y: Array) -> Array:
+def _row_sums(x: Array, y: Array, kernel: Kernel) -> Array:
     """sum_j k(x_i, y_j), (n,)."""
     sums = np.zeros(len(x))
     for i in range(0, len(x), _BLOCK):
         for j in range(0, len(y), _BLOCK):
-            sums[i : i + _BLOCK] += cubic_kernel(x[i : i + _BLOCK], y[j : j + _BLOCK]).sum(axis=1)
+            sums[i : i + _BLOCK] += kernel(x[i : i + _BLOCK], y[j : j + _BLOCK]).sum(axis=1)
     return sums
 
 
-def mmd2(x: Array, y: Array, clusters: np.ndarray | None = None, base: Array | None = None) -> Mmd:
+def mmd2(
+    x: Array,
+    y: Array,
+    clusters: np.ndarray | None = None,
+    base: Array | None = None,
+    kernel: Kernel = cubic_kernel,
+    strata: np.ndarray | None = None,
+) -> Mmd:
     """Unbiased MMD^2 of samples x (n, D), n >= 4, and reference y (m, D), m >= 2, float64.
 
-    With `base` (n, D), whose row i comes from the noise of row i of x: MMD^2 of x less that of base.
+    With `base` (n, D), whose row i comes from the noise of row i of x: MMD^2 of x less that of base. Another kernel
+    than the cubic one needs `base`.
 
     It is a U-statistic of the kernel h_ij = k(x_i, x_j) - c_i - c_j, c_i = mean_j k(x_i, y_j), and its error is that of
     `stats.u_statistic_error`. With clusters the pairs within a cluster are left out of the first mean: they say nothing
-    of independent samples. A cluster then counts as one, by the sums of its kernel.
+    of independent samples. A cluster then counts as one, by the sums of its kernel. With strata, int (n,), a plan fixes
+    how many samples of each class there are: pairs within a class are too few by its samples with themselves, and weigh
+    n_a / (n_a - 1); only what varies within classes is error.
     """
+    if clusters is not None or (strata is not None and not is_plan(strata)):
+        strata = None
     arms = ((1.0, x),) if base is None else ((1.0, x), (-1.0, base))
-    pairs, n = _Pairs(arms, clusters), len(x)
+    pairs, n = _Pairs(arms, clusters, kernel), len(x)
     sizes, rows = pairs.sizes, pairs.row_sums()
-    cross = pairs.summed(np.sum([sign * _row_sums(arm, y) for sign, arm in arms], axis=0) / len(y))
+    cross = pairs.summed(np.sum([sign * _row_sums(arm, y, kernel) for sign, arm in arms], axis=0) / len(y))
+    if strata is not None:  # as if every sample met another one like itself, of all n
+        rows = (rows + pairs.within(strata)) * ((n - 1) / n)
     groups, apart = len(sizes), n * n - float(sizes @ sizes)  # pairs of samples of different clusters
     own = float(rows.sum()) / apart
     theta = own - 2 * float(cross @ (n - sizes)) / apart
@@ -70,20 +85,41 @@ def mmd2(x: Array, y: Array, clusters: np.ndarray | None = None, base: Array | N
     g = effects * scale / (groups - 1)
     g -= g.mean()
 
-    squares = along = 0.0
+    value = own - 2 * float(cross.sum()) / n + (_own_mean(y) if base is None else 0.0)
+    return Mmd(value, u_statistic_error(g, *_second_part(pairs, cross, theta, g, scale, strata), strata))
+
+
+def _second_part(
+    pairs: _Pairs, cross: Array, theta: float, g: Array, scale: float, strata: np.ndarray | None
+) -> tuple[float, float]:
+    """Mean over pairs of psi^2 and of g psi g, psi_gh the kernel of clusters less what g, c and theta say of it.
+
+    With strata g and psi are less their means within classes: sum (psi_ij - psi_ib - psi_aj + psi_ab)^2 over i in a and
+    j in b needs the means psi_ib alone.
+    """
+    sizes, groups = pairs.sizes, len(pairs.sizes)
+    _, of = np.unique(np.zeros(groups) if strata is None else strata, return_inverse=True)
+    member = np.eye(of.max() + 1)[of]  # (G, K)
+    residual = g if strata is None else within_strata(g, strata)
+    squares, along, sums = 0.0, 0.0, np.zeros_like(member)
     for a, b, k in pairs.blocks():
-        outer = np.outer(cross[a], sizes[b])
-        psi = scale * (k - outer - np.outer(sizes[a], cross[b]) - theta * np.outer(sizes[a], sizes[b]))
-        psi -= g[a, None] + g[b]
-        times = 2.0
+        linear = np.outer(cross[a], sizes[b]) + np.outer(sizes[a], cross[b]) + theta * np.outer(sizes[a], sizes[b])
+        psi = scale * (k - linear) - g[a, None] - g[b]
         if a == b:
             np.fill_diagonal(psi, 0.0)
-            times = 1.0
+        times = 1 if a == b else 2
         squares += times * float(np.einsum("ij,ij->", psi, psi))
-        along += times * float(g[a] @ psi @ g[b])
+        along += times * float(residual[a] @ psi @ residual[b])
+        if strata is not None:
+            sums[a] += psi @ member[b]
+            if a != b:
+                sums[b] += psi.T @ member[a]
     ordered = groups * (groups - 1)
-    value = own - 2 * float(cross.sum()) / n + (_own_mean(y) if base is None else 0.0)
-    return Mmd(value, u_statistic_error(g, squares / ordered, along / ordered))
+    if strata is not None:
+        counts = member.sum(axis=0)
+        squares += float(np.sum((member.T @ sums) ** 2 / np.outer(counts, counts)) - 2 * np.sum(sums**2 / counts))
+        squares /= (1 - len(counts) / groups) ** 2
+    return squares / ordered, along / ordered
 
 
 class _Pairs:
@@ -93,8 +129,8 @@ class _Pairs:
         sizes: samples of each cluster, (G,); without clusters every sample is one.
     """
 
-    def __init__(self, arms: Sequence[tuple[float, Array]], clusters: np.ndarray | None = None):
-        n = len(arms[0][1])
+    def __init__(self, arms: Sequence[tuple[float, Array]], clusters: np.ndarray | None, kernel: Kernel):
+        n, self._kernel = len(arms[0][1]), kernel
         self._order = np.arange(n) if clusters is None else np.argsort(clusters, kind="stable")
         self._starts = np.arange(n)
         if clusters is not None:
@@ -118,6 +154,15 @@ class _Pairs:
             sums[a] += k.sum(axis=1)
         return sums
 
+    def within(self, strata: np.ndarray) -> Array:
+        """Mean over j != i of the class of i of the kernel, (n,)."""
+        found = np.zeros(len(strata))
+        for label in np.unique(strata):
+            members = np.flatnonzero(strata == label)
+            parts = _Pairs([(sign, x[members]) for sign, x in self._arms], None, self._kernel)
+            found[members] = parts.row_sums() / (len(members) - 1)
+        return found
+
     def blocks(self) -> Iterator[tuple[slice, slice, Array]]:
         """(a, b, kernel of the clusters a and b), a the same as b or before it."""
         groups, ends = len(self.sizes), np.append(self._starts, len(self._order))
@@ -128,7 +173,7 @@ class _Pairs:
                 rows, columns = (slice(ends[cut.start], ends[cut.stop]) for cut in (a, b))
                 k = np.zeros((rows.stop - rows.start, columns.stop - columns.start))
                 for sign, x in self._arms:
-                    k += sign * cubic_kernel(x[rows], x[columns])
+                    k += sign * self._kernel(x[rows], x[columns])
                 if groups < len(self._order):
                     k = np.add.reduceat(k, self._starts[a] - rows.start, axis=0)
                     k = np.add.reduceat(k, self._starts[b] - columns.start, axis=1)
@@ -139,7 +184,7 @@ def _own_mean(y: Array) -> float:
     """mean_{i != j} k(y_i, y_j), remembered: a reference is larger than any cell and is met once per cell."""
     digest = hashlib.sha256(np.ascontiguousarray(y).tobytes() + str(y.shape).encode()).hexdigest()
     if digest not in _own_means:
-        _own_means[digest] = float(_Pairs(((1.0, y),)).row_sums().sum()) / (len(y) * (len(y) - 1))
+        _own_means[digest] = float(_Pairs(((1.0, y),), None, cubic_kernel).row_sums().sum()) / (len(y) * (len(y) - 1))
     return _own_means[digest]
 
 
