@@ -33,7 +33,7 @@ def scores(gaps: np.ndarray, tolerance: float) -> dict[str, list[Look]]:
     """Both designs on the same paired differences."""
 
     def at(n: int) -> Difference:
-        return from_influence(float(gaps[:n].mean()), gaps[:n], None)
+        return from_influence(float(gaps[:n].mean()), gaps[:n])
 
     tenths = [N * k // 10 for k in range(1, 11)]
     hundredths = [N * k // 100 for k in range(2, 101)]
@@ -89,7 +89,7 @@ def main() -> None:
     for (design, effect), (error, decided, share) in sorted(rows.items()):
         said = f"errors {100 * error:4.1f} %, decided {100 * decided:5.1f} %, {share:.2f} of the fixed N"
         print(f"{design:<20} effect {effect:g} tolerances: {said}")
-    frechet = frechet_errors(max(100, repeats // 5))
+    frechet = frechet_errors(repeats)
     print(f"Frechet difference, equal-distance null: {100 * frechet:.1f} % false directions")
     worst = max(frechet, *(error for (_, effect), (error, _, _) in rows.items() if effect == 0))
     one, two = (rows["looks", effect][2] for effect in (1.0, 2.0))

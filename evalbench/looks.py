@@ -3,9 +3,11 @@
 Two designs, one question: is the difference new - base away from 0, and in which direction, or inside +-tolerance?
 
 - looks at growing N, each with a part of the level, by the spending function of Lan & DeMets (1983) that mimics Pocock
-  (1977): level log(1 + (e - 1) share). The differences of accumulating samples have independent increments, so the
-  points follow from the recursion of Armitage, McPherson & Rowe (1969). For every paired statistic that has a standard
-  error, the Frechet difference included; a look there is of at least 8 d samples more than the last;
+  (1977): level log(1 + (e - 1) share). Differences of accumulating samples have independent increments in information,
+  1 / se^2, so the points follow from the recursion of Armitage, McPherson & Rowe (1969). Information is measured at
+  every look: it grows as N for a mean, but up to as N^2 for a distance whose noise is of second order, whose looks then
+  have less in common (taken as N, a Frechet difference without shared noise was wrong in 6.2 % of 2000, for 5 %). For
+  every paired statistic that has a standard error; a look at a Frechet difference is of at least 8 d samples more;
 - per-sample paired scores after every sample: the asymptotic confidence sequence of Waudby-Smith, Arbour, Sinha,
   Kennedy & Ramdas ("Time-uniform central limit theory and asymptotic confidence sequences"), valid at all times at
   once: mean +- s [2 (n r + 1) / (n^2 r) log((n r + 1)^1/2 / level)]^1/2.
@@ -19,8 +21,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cache, partial
+from dataclasses import dataclass, field
+from functools import cache
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -29,7 +31,7 @@ from evalbench.metrics.estimate import Difference
 
 Decision: TypeAlias = Literal["above", "below", "inside", "open"]
 LEVEL = 0.05
-_GRID = 801  # points of the recursion over looks
+_NODES = 128  # of the recursion over looks
 
 
 @dataclass(frozen=True)
@@ -67,38 +69,59 @@ def spent(share: float, level: float = LEVEL) -> float:
 
 @cache
 def boundaries(shares: tuple[float, ...], level: float = LEVEL) -> tuple[float, ...]:
-    """Two-sided points z_k of the looks at these shares of the planned N, so that crossing any has chance `level`.
-
-    The density of the running sum on paths that have not crossed, by recursion over looks (Armitage, McPherson & Rowe
-    1969).
+    """Two-sided points z_k of the looks at these shares of the planned N, where information grows as N.
 
     Args:
         shares: rising, in (0, 1], the last is 1.
     """
-    from scipy.optimize import brentq
-    from scipy.stats import norm
-
-    points: list[float] = []
-    density, grid, before, used = np.array([1.0]), np.array([0.0]), 0.0, 0.0
-    for share in shares:
-        step = math.sqrt(share - before)
-        excess = partial(_excess, density, grid, step, share, spent(share, level) - used)
-        points.append(float(brentq(excess, 0.0, 12.0)))
-        edge = points[-1] * math.sqrt(share)
-        next_grid = np.linspace(-edge, edge, _GRID)
-        weights = np.full(_GRID, next_grid[1] - next_grid[0])
-        weights[[0, -1]] /= 2
-        density = (norm.pdf((next_grid[:, None] - grid) / step) / step @ density) * weights
-        grid, before, used = next_grid, share, spent(share, level)
-    return tuple(points)
+    spending = Spending(level)
+    return tuple(spending.point(share, share) for share in shares)
 
 
-def _excess(density: np.ndarray, grid: np.ndarray, step: float, share: float, wanted: float, z: float) -> float:
-    """Chance that the sum leaves +- z share^1/2 at this look, from its density on a grid at the last, less `wanted`."""
-    from scipy.stats import norm
+@dataclass
+class Spending:
+    """The points of looks one by one, so that crossing any has chance `level`.
 
-    edge = z * math.sqrt(share)
-    return float(density @ (norm.sf((edge - grid) / step) + norm.cdf((-edge - grid) / step))) - wanted
+    The density of the running sum on paths that have not crossed, by recursion over looks (Armitage, McPherson & Rowe
+    1969), on the nodes of Gauss and Legendre.
+    """
+
+    level: float = LEVEL
+    _mass: np.ndarray = field(default_factory=lambda: np.array([1.0]))  # chance at each node
+    _sums: np.ndarray = field(default_factory=lambda: np.array([0.0]))
+    _information: float = 0.0
+    _used: float = 0.0
+
+    def point(self, share: float, information: float) -> float:
+        """z of the next look.
+
+        Args:
+            share: of the planned N; rising, the last is 1. information: 1 / se^2 in any unit, rising.
+        """
+        from scipy.optimize import brentq
+
+        step = math.sqrt(information - self._information)
+        wanted, root = spent(share, self.level) - self._used, math.sqrt(information)
+        z = float(brentq(lambda z: self._crossing(z * root, step) - wanted, 0.0, 12.0))
+        nodes, weights = _nodes()
+        sums = z * root * nodes
+        steps = (sums[:, None] - self._sums) / step
+        density = np.exp(-(steps**2) / 2) @ self._mass / (step * math.sqrt(2 * math.pi))
+        self._mass, self._sums = density * weights * z * root, sums
+        self._information, self._used = information, spent(share, self.level)
+        return z
+
+    def _crossing(self, edge: float, step: float) -> float:
+        """Chance that the sum is inside until the last look and leaves +- edge at this one."""
+        from scipy.special import ndtr
+
+        return float(self._mass @ (ndtr((self._sums - edge) / step) + ndtr((-edge - self._sums) / step)))
+
+
+@cache
+def _nodes() -> tuple[np.ndarray, np.ndarray]:
+    """Nodes and weights on [-1, 1]."""
+    return np.polynomial.legendre.leggauss(_NODES)
 
 
 def group_sequential(
@@ -109,13 +132,17 @@ def group_sequential(
     Args:
         at: n -> the difference from the first n samples. looks: rising numbers of samples, the last is the planned N.
     """
-    from evalbench.stats import t_quantile
+    from evalbench.stats import reach, t_quantile
 
-    points = boundaries(tuple(n / looks[-1] for n in looks), level)
+    spending, information, before = Spending(level), 0.0, looks[0]
     done: list[Look] = []
-    for n, z in zip(looks, points, strict=True):
-        found = at(n)
-        half = t_quantile(_two_sided(z), found.df) * found.se
+    for n in looks:
+        found, half = at(n), 0.0
+        if found.se > 0:
+            # it grows at least as N does, whatever the noise of an error says
+            information = max(1 / found.se**2, information * n / before)
+            t = t_quantile(_two_sided(spending.point(n / looks[-1], information)), found.df)
+            half, before = reach(abs(found.slope), found.se, t), n
         done.append(Look(n, found.value, half, decision_of(found.value, half, tolerance)))
         if done[-1].decision != "open":
             break

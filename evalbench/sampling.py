@@ -122,12 +122,13 @@ def nfe_of(suite: Suite, method: str, unit: BudgetUnit, budget: int, guidance: f
 def conditions(suite: Suite, model: Model, indices: Sequence[int], device: torch.device) -> Cond:
     """Conditions of global sample indices: a function of the index alone."""
     measured = model.measure(indices, MEASUREMENTS)
-    if suite.conditions.labels == "none":
-        return Cond(measured=measured)
-    if suite.conditions.prompts is not None:
+    asked = suite.conditions.prompt_of(indices)
+    if asked is not None and suite.conditions.prompts is not None:
         prompts = read_prompts(suite.conditions.prompts)
-        return Cond(captions=tuple(prompts[i % len(prompts)].text for i in indices), measured=measured)
-    labels = [i % suite.conditions.classes for i in indices]
+        return Cond(captions=tuple(prompts[k].text for k in asked), measured=measured)
+    labels = suite.conditions.plan(indices)
+    if labels is None:
+        return Cond(measured=measured)
     described = model.is_image and type(model).caption is not Model.caption
     captions = tuple(model.caption(label) for label in labels) if described else None
     return Cond(torch.tensor(labels, dtype=torch.int64, device=device), captions, measured)

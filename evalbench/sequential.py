@@ -111,7 +111,7 @@ class _Cell:
 
         def at(n: int) -> Difference:
             found = effect(n)
-            return Difference(found.difference, found.se, found.n, df=found.df)
+            return Difference(found.difference, found.se, found.n, df=found.df, slope=found.slope)
 
         try:
             looks = self._looks(metric, old)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import tomllib
+from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -89,6 +90,14 @@ class Conditions(Frozen):
     def facts(self) -> dict[str, Any]:
         """What decides the conditions of a sample."""
         return self.model_dump(exclude=None if self.prompts else {"prompts"})
+
+    def plan(self, indices: Iterable[int]) -> list[int] | None:
+        """Labels of global sample indices; None without."""
+        return [i % self.classes for i in indices] if self.labels == "cyclic" else None
+
+    def prompt_of(self, indices: Iterable[int]) -> list[int] | None:
+        """Which prompt global sample indices have; None without."""
+        return None if self.prompts is None else [i % self.prompts.rows for i in indices]
 
 
 class Sampling(Frozen):

@@ -57,10 +57,23 @@ def normal_interval(value: float, se: float) -> Interval:
     return Interval(value - Z95 * se, value + Z95 * se)
 
 
-def t_interval(value: float, se: float, df: float) -> Interval:
-    """value -/+ t se, t the two-sided 95 % point of Student's distribution with df degrees of freedom."""
-    half = t_quantile(0.05, df) * se
-    return Interval(value - half, value + half)
+def t_interval(value: float, se: float, df: float, slope: float = 0.0) -> Interval:
+    """value -/+ t se, t the two-sided 95 % point of Student's distribution with df degrees of freedom.
+
+    Args:
+        slope: see `StandardError`; the end on the side where the error is larger lies farther out.
+    """
+    t = t_quantile(0.05, df)
+    return Interval(value - reach(-slope, se, t), value + reach(slope, se, t))
+
+
+def reach(slope: float, se: float, t: float) -> float:
+    """How far an interval reaches to the side where the squared error rises: the x with x = t (se^2 + slope x)^1/2.
+
+    A slope below 0 counts as 0: an end is never nearer than t se.
+    """
+    rise = max(slope, 0.0) * t * t / 2
+    return rise + math.sqrt(rise * rise + (t * se) ** 2)
 
 
 def t_quantile(level: float, df: float) -> float:
@@ -70,7 +83,9 @@ def t_quantile(level: float, df: float) -> float:
     return -float(stdtrit(df, level / 2))
 
 
-def p_beyond(difference: ArrayLike, margin: ArrayLike, se: ArrayLike, df: ArrayLike) -> NDArray[np.float64]:
+def p_beyond(
+    difference: ArrayLike, margin: ArrayLike, se: ArrayLike, df: ArrayLike, slope: ArrayLike = 0.0
+) -> NDArray[np.float64]:
     """Two-sided p of "the difference is within the margin" by Student's t, elementwise.
 
     At most 0.05 iff `t_interval` lies beyond the margin on one side. Without error it is 0 or 1.
@@ -78,21 +93,31 @@ def p_beyond(difference: ArrayLike, margin: ArrayLike, se: ArrayLike, df: ArrayL
     from scipy.special import stdtr  # slow to import
 
     beyond, se = np.abs(difference) - margin, np.asarray(se, dtype=float)
+    # the error at the margin, if it is larger there: beyond it from below when the difference is negative
+    rise = np.maximum(-np.sign(difference) * np.asarray(slope), 0.0) * np.maximum(beyond, 0.0)
     with np.errstate(divide="ignore", invalid="ignore"):
-        p = 2 * stdtr(df, -beyond / se)
+        p = 2 * stdtr(df, -beyond / np.sqrt(se**2 + rise))
     found: NDArray[np.float64] = np.where(beyond <= 0, 1.0, np.where(se == 0, 0.0, np.minimum(p, 1.0)))
     return found
 
 
 @dataclass(frozen=True)
 class StandardError:
-    """A standard error and the degrees of freedom it was estimated with; infinite where nothing varies."""
+    """A standard error and the degrees of freedom it was estimated with; infinite where nothing varies.
+
+    Attributes:
+        slope: what the squared error rises by with the value, where both are high or low together by chance: at a truth
+            above the value by x the squared error is se^2 + slope x.
+    """
 
     se: float
     df: float
+    slope: float = 0.0
 
 
-def standard_error(influence: np.ndarray, clusters: np.ndarray | None = None) -> StandardError:
+def standard_error(
+    influence: np.ndarray, clusters: np.ndarray | None = None, strata: np.ndarray | None = None
+) -> StandardError:
     """Standard error of a statistic from the first-order effect of each sample on it: sd(psi) / sqrt(n).
 
     Samples of one cluster (images of one prompt) count as one, by the sum of their effects; unlike sizes are allowed.
@@ -101,7 +126,11 @@ def standard_error(influence: np.ndarray, clusters: np.ndarray | None = None) ->
 
     Args:
         influence: psi, (n,). clusters: int (n,), equal for the samples of a cluster; None for independent samples.
+        strata: int (n,), the class of each sample where a plan fixes how many each has; only what varies within classes
+            is error then. Without effect beside clusters, or where a class has one sample.
     """
+    if clusters is None and strata is not None and is_plan(strata):
+        return _stratified_error(influence, strata)
     effects = influence - influence.mean()
     if clusters is not None:
         _, inverse = np.unique(clusters, return_inverse=True)
@@ -115,8 +144,37 @@ def standard_error(influence: np.ndarray, clusters: np.ndarray | None = None) ->
     return StandardError(math.sqrt(variance / n), 2 * n / (kurtosis - (n - 3) / (n - 1)))
 
 
+def is_plan(strata: np.ndarray) -> bool:
+    """Whether every class has the two samples that its variance takes."""
+    return bool(np.unique(strata, return_counts=True)[1].min() > 1)
+
+
+def within_strata(values: np.ndarray, strata: np.ndarray) -> np.ndarray:
+    """Values (n,) less the mean of their class."""
+    _, of, sizes = np.unique(strata, return_inverse=True, return_counts=True)
+    found: np.ndarray = values - (np.bincount(of, values) / sizes)[of]
+    return found
+
+
+def _stratified_error(influence: np.ndarray, strata: np.ndarray) -> StandardError:
+    """se^2 = sum_a n_a s_a^2 / n^2 (Cochran 1977, section 5.4); Satterthwaite's degrees of freedom."""
+    _, of, sizes = np.unique(strata, return_inverse=True, return_counts=True)
+    effects = within_strata(influence, strata)
+    squares, fourths = np.bincount(of, effects**2), np.bincount(of, effects**4)
+    terms = sizes / (sizes - 1) * squares / len(influence) ** 2
+    if not terms.sum() > 0:
+        return StandardError(0.0, math.inf)
+    kurtosis = fourths * sizes / np.where(squares > 0, squares, 1.0) ** 2
+    relative = (kurtosis - (sizes - 3) / (sizes - 1)) / sizes
+    return StandardError(math.sqrt(terms.sum()), float(2 * terms.sum() ** 2 / np.sum(terms**2 * relative)))
+
+
 def corrected_standard_error(
-    influence: np.ndarray, in_half: np.ndarray, halves: NDArray[np.int64], clusters: np.ndarray | None = None
+    influence: np.ndarray,
+    in_half: np.ndarray,
+    halves: NDArray[np.int64],
+    clusters: np.ndarray | None = None,
+    strata: np.ndarray | None = None,
 ) -> StandardError:
     """Standard error of a statistic of second order, T_N = T + mean(psi) + mean(h(x_i, x_j)), h centred and degenerate.
 
@@ -126,14 +184,43 @@ def corrected_standard_error(
 
     Args:
         influence: psi_N, (n,). in_half: the influence of each sample on the statistic of its own half, (n,).
-        halves: 0 or 1, int (n,). clusters: as in `standard_error`; a cluster lies in one half.
+        halves: 0 or 1, int (n,). clusters, strata: as in `standard_error`; a cluster lies in one half.
     """
-    whole = standard_error(influence, clusters)
+    if strata is not None and not all(is_plan(strata[halves == k]) for k in (0, 1)):
+        strata = None
+    whole = standard_error(influence, clusters, strata)
     parts = [
-        standard_error(in_half[halves == k], None if clusters is None else clusters[halves == k]).se for k in (0, 1)
+        standard_error(in_half[half], *(None if of is None else of[half] for of in (clusters, strata))).se
+        for half in (halves == 0, halves == 1)
     ]
     variance = 1.5 * whole.se**2 - (parts[0] ** 2 + parts[1] ** 2) / 8  # a half's squared error is 2 V_{N/2} / N
     return StandardError(math.sqrt(max(variance, whole.se**2 / 2)), whole.df)
+
+
+def u_statistic_error(g: np.ndarray, squares: float, along: float, strata: np.ndarray | None = None) -> StandardError:
+    """Standard error of a U-statistic theta + mean 2 g(x_i) + mean_{i != j} psi(x_i, x_j), psi centred and degenerate.
+
+    Its variance is 4 E g^2 / n + 2 E psi^2 / n^2 (Hoeffding 1948), each part estimated by itself. The estimated g of a
+    sample is the mean of its row, and E psi^2 / n too large in its square; what is left of the first part may be below
+    0 by chance, and counts as 0 then. So the error is never below that of the second part, which is nearly all of it
+    where the first vanishes: in a distance near its least. There an error in one piece falls with the value.
+
+    Farther off the two still move together: a sample in which g is large by chance has a large value and a large error,
+    and misses lie on one side, as in the expansion of a studentised U-statistic (Helmers 1991). `slope` is
+    Cov(value, 4 E g^2 / n) / Var(value) by (8 / n^2) (E g^3 + E g g psi); E g g psi of estimated g holds E psi psi psi
+    / n too, which leads where psi does.
+
+    Args:
+        g: estimated, centred, (n,). squares: mean of psi^2 over pairs. along: mean of g_i psi_ij g_j over pairs.
+        strata: as in `standard_error`; g and psi are centred within classes then.
+    """
+    n, plain = len(g), standard_error(2 * g, None, strata)
+    second = 2 * squares / n**2
+    variance = second + max(plain.se**2 - 2 * second, 0.0)
+    if variance == 0:
+        return plain
+    slope = 8 / n**2 * (float(np.mean(g**3)) + along) / variance
+    return StandardError(math.sqrt(variance), plain.df, slope)
 
 
 def wilson_interval(successes: float, n: int) -> Interval:

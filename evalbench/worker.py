@@ -22,6 +22,7 @@ from evalbench import environment, registry, sampling
 from evalbench.cost.ledger import Ledger
 from evalbench.errors import BadSamples, Unsupported, UserError, some
 from evalbench.interfaces import Artifact, Cond, Extractor, Model, Parts, SampleBatch
+from evalbench.metrics.common import CLUSTER
 from evalbench.metrics.images import check_finite, check_images, to_uint8
 from evalbench.preparation import Prepared, prepare
 from evalbench.prompts import read_prompts
@@ -236,7 +237,7 @@ def _batch(
     return (
         arrays
         | _counts(ledger, keep)
-        | _cut(cond, setup.model, keep, job.suite.conditions.prompts is not None)
+        | _prompted(job.suite, cond, setup.model, indices[:keep])
         | _kept_images(batch, indices, keep, job.keep_images)
     )
 
@@ -268,11 +269,13 @@ def _counts(ledger: Ledger, keep: int) -> dict[str, np.ndarray]:
     return {f"count:{name}": values[:keep] for name, values in counts.items()}
 
 
-def _cut(cond: Cond, model: Model, keep: int, prompts: bool) -> dict[str, np.ndarray]:
-    """1 for a sample whose prompt is longer than what the model's encoders read, of a suite with prompts."""
-    if cond.captions is None or not (prompts and model.reads_texts):
+def _prompted(suite: Suite, cond: Cond, model: Model, indices: Sequence[int]) -> dict[str, np.ndarray]:
+    """Of a suite with prompts: which one a sample has, and 1 where it is longer than what the model's encoders read."""
+    asked = suite.conditions.prompt_of(indices)
+    if asked is None or cond.captions is None:
         return {}
-    return {"count:prompts_cut": np.array([float(model.cuts(text)) for text in cond.captions[:keep]])}
+    cut = [float(model.cuts(text)) for text in cond.captions[: len(asked)]]
+    return {CLUSTER: np.array(asked, dtype=np.int32), "count:prompts_cut": np.array(cut)}
 
 
 def _kept_images(batch: SampleBatch, indices: range, keep: int, keep_all: bool) -> dict[str, np.ndarray]:

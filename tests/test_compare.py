@@ -26,17 +26,20 @@ from evalbench.compare import (
     compare_runs,
     default_tolerance,
     fast_compare,
+    pairs,
     parse_tolerances,
     word_of,
 )
 from evalbench.compare.pairs import statistic_of
-from evalbench.compare.runs import NotComparable
+from evalbench.compare.runs import NotComparable, Run
 from evalbench.compare.words import decide
 from evalbench.errors import EvalbenchError, UserError
-from evalbench.metrics.differences import ROUTES, Difference, TooFewSamples, route_of
+from evalbench.metrics.common import CLUSTER
+from evalbench.metrics.differences import ROUTES, Difference, Plan, TooFewSamples, route_of
 from evalbench.metrics.frechet import frechet_distance, moments, unpack_statistics
+from evalbench.registry import build_metric
 from evalbench.report import verdicts
-from evalbench.spec import MetricValue, load_suite
+from evalbench.spec import MetricValue, chunks_of, load_suite
 from evalbench.stats import Z95, benjamini_hochberg, holm
 from evalbench.store import Store
 
@@ -128,6 +131,7 @@ def test_pairing_shortens_the_interval_and_the_sign_is_new_minus_base(route: str
             for name in ("accuracy@fashion-classifier", "shortfall@reward-target", "clip@ViT-B-32:openai")
         ),
         ("kid@identity", "kid"),
+        ("cmmd@clip-image:ViT-B-32:openai", "cmmd"),
         ("nll-gap@token-nll", "nll-gap"),
     ],
 )
@@ -650,3 +654,56 @@ def test_strict_fails_on_undecided(runs: Path, capsys: Any) -> None:
     assert compare_command(a, a, tolerance, **arguments) == 0
     assert "no N decides" in capsys.readouterr().out
     assert compare_command(a, a, tolerance, strict=True, **arguments) == 1
+
+
+# --- how samples were drawn ------------------------------------------------------------------------------------------
+
+
+def pair_of(folder: Path) -> pairs.Pair:
+    run = Run(Store(folder))
+    records = {record.cell.method: record for record in run.records if record.cell.nfe == 5}
+    return pairs.Pair((run, run), records["ddim"], records["unipc"], {})
+
+
+def rows_and_route(pair: pairs.Pair, metric: str) -> tuple[Any, ...]:
+    name, _, features = metric.partition("@")
+    rows = [pair.runs[0].rows(r.cell.id, r.samples, r.chunk, features) for r in (pair.old, pair.new)]
+    return ROUTES[name], *rows, pair.runs[0].reference(features)
+
+
+def test_a_label_plan_is_none_of_the_error(runs: Path) -> None:
+    """Suites with as many samples of each class."""
+    pair = pair_of(runs / "a")
+    route, base, new, reference = rows_and_route(pair, "fd@identity")
+    labels = np.arange(len(base)) % pair.runs[0].suite.conditions.classes
+    found = pair.difference("fd@identity")[1]
+    assert found == route.compute(base, new, reference, Plan(None, labels))
+    assert found.se < route.compute(base, new, reference).se
+
+
+def test_samples_of_one_prompt_are_a_cluster_where_chunks_say_so(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "a", tmp_path / "run")
+    pair, prompts = pair_of(tmp_path / "run"), np.arange(96) // 8
+
+    def name_prompts(record: Any, of: np.ndarray) -> None:
+        store = pair.runs[0].store
+        for chunk in chunks_of(record.cell.id, record.samples, record.chunk):
+            arrays, facts = store.read_whole_chunk(chunk)
+            store.write_chunk(chunk, {**arrays, CLUSTER: of[chunk.start : chunk.stop]}, facts)
+
+    name_prompts(pair.old, prompts)
+    with pytest.raises(NotComparable, match="the samples that share a prompt differ"):
+        pair_of(tmp_path / "run").difference("fd@identity")
+    name_prompts(pair.new, prompts)
+    pair = pair_of(tmp_path / "run")
+    route, base, new, reference = rows_and_route(pair, "fd@identity")
+    assert pair.difference("fd@identity")[1] == route.compute(base, new, reference, Plan(prompts))
+
+
+def test_difference_of_cmmd_is_that_of_its_values_without_their_bias() -> None:
+    base, new = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (a + 0.5 for a in twins(3, (150, 6), 0.5)))
+    y = generator(4).standard_normal((100, 6))
+    metric = build_metric("cmmd@identity")
+    values = [metric.compute(metric.update({"identity": x}), {"features": y}) for x in (base, new)]
+    found = ROUTES["cmmd"].compute(base, new, {"features": y})
+    assert found.value == pytest.approx((values[1].value - values[1].bias) - (values[0].value - values[0].bias))

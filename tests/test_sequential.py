@@ -12,6 +12,7 @@ from support import request, run_serial, small_suite
 
 from evalbench.errors import UserError
 from evalbench.looks import (
+    Spending,
     boundaries,
     decision_of,
     frechet_looks,
@@ -49,13 +50,42 @@ def test_sums_cross_the_points_as_often_as_the_level_says(shares: tuple[float, .
         assert crossed[:, : k + 1].any(1).mean() == pytest.approx(spent(share), abs=0.0016)
 
 
+def crossings(information: list[float], points: tuple[float, ...]) -> float:
+    """How often sums with independent increments in this information leave the points."""
+    steps = np.sqrt(np.diff([0.0, *information]))
+    sums = np.cumsum(np.random.default_rng(1).standard_normal((100_000, len(information))) * steps, axis=1)
+    return float((np.abs(sums) / np.sqrt(information) > points).any(1).mean())
+
+
+def test_looks_that_have_less_in_common_than_n_says_keep_the_level() -> None:
+    """Noise of second order, whose information grows as N^2."""
+    shares = (0.2, 0.4, 0.6, 0.8, 1.0)
+    information, spending = [share**2 for share in shares], Spending()
+    points = tuple(spending.point(share, one) for share, one in zip(shares, information, strict=True))
+    assert crossings(information, points) == pytest.approx(0.05, abs=0.0021)
+    assert crossings(information, boundaries(shares)) > 0.055
+
+
+def test_looks_measure_their_information() -> None:
+    """The unit of the difference does not matter, nor does one that never varies."""
+    found = {n: Difference(1.0, 2.0 / n, n) for n in (100, 200, 400)}
+    by_unit = [
+        group_sequential(lambda n, u=unit: Difference(0, u * found[n].se, n), [*found], 0.0) for unit in (1.0, 1e-6)
+    ]
+    assert [one.half for one in by_unit[0]] == pytest.approx([1e6 * one.half for one in by_unit[1]])
+    spending = Spending()
+    points = [spending.point(n / 400, (n / 2.0) ** 2) for n in found]
+    assert [one.half for one in by_unit[0]] == pytest.approx([z * 2 / n for z, n in zip(points, found, strict=True)])
+    assert group_sequential(lambda n: Difference(0.0, 0.0, n), [100, 200], 0.0)[-1].decision == "inside"
+
+
 def gaps(key: int, effect: float = 0.0) -> np.ndarray:
     return np.random.default_rng([key, 4]).standard_normal(N) + effect
 
 
 def looked(x: np.ndarray, tolerance: float) -> Any:
     def at(n: int) -> Difference:
-        return from_influence(float(x[:n].mean()), x[:n], None)
+        return from_influence(float(x[:n].mean()), x[:n])
 
     return group_sequential(at, [N * k // 8 for k in range(1, 9)], tolerance)[-1]
 

@@ -17,10 +17,12 @@ from tiny_pipelines import saved
 
 from evalbench import api, catalogue, runner
 from evalbench.errors import UserError
+from evalbench.metrics.common import CLUSTER
 from evalbench.plan import make_plan
 from evalbench.reference_files import make_command
 from evalbench.runner import Request
 from evalbench.spec import Prompts, Suite, load_suite, suite_names
+from evalbench.store import Store
 
 # Suites and the class of the model that they name.
 CLASSES = {
@@ -139,6 +141,9 @@ def test_the_whole_path_runs_offline(name, cache, tmp_path, monkeypatch):
     assert absent <= set(record.missing)  # shown as missing, never replaced
     if suite.conditions.prompts is not None:
         assert record.counts["prompts_cut"] == 0.5  # of two prompts one is too long
+        store = Store(tmp_path)  # and the chunks say which samples share one, for intervals and verdicts
+        (chunk,) = store.present_chunks(record.cell.id)
+        assert store.read_chunk(chunk)[CLUSTER].tolist() == [0, 1, 0, 1]
     else:
         assert "prompts_cut" not in record.counts
 

@@ -16,7 +16,7 @@ from evalbench.compare.words import Effect
 from evalbench.errors import UserError
 from evalbench.interfaces import Metric
 from evalbench.metrics.common import Array
-from evalbench.metrics.differences import Difference, Route, TooFewSamples, route_of
+from evalbench.metrics.differences import Difference, Plan, Route, TooFewSamples, route_of
 from evalbench.metrics.persample import PerSampleScore
 from evalbench.spec import MetricValue, Record
 from evalbench.store import Store
@@ -78,8 +78,9 @@ class Pair:
             self._value(side, record, metric)
         reference = self._reference(built.reference_key) if built.reference_key else {}
         base, new = (_rows(run, record, route, built) for run, record in zip(self.runs, self._records, strict=True))
+        plan = Plan(self._clusters(), self._strata())
         try:
-            return route, route.compute(base, new, reference)
+            return route, route.compute(base, new, reference, plan)
         except TooFewSamples as error:
             raise NotComparable(str(error)) from None
 
@@ -113,6 +114,23 @@ class Pair:
             raise NotComparable(f"reference '{key}' differs: its model computes other arrays in NEW")
         return base
 
+    def _clusters(self) -> np.ndarray | None:
+        """Which samples share a prompt, (N,), where the chunks say it; the same in both."""
+        base, new = (
+            run.clusters(record.cell.id, record.samples, chunk_size(record))
+            for run, record in zip(self.runs, self._records, strict=True)
+        )
+        if base is None and new is None:
+            return None
+        if base is None or new is None or not np.array_equal(base, new):
+            raise NotComparable("the samples that share a prompt differ")
+        return base
+
+    def _strata(self) -> np.ndarray | None:
+        """The class of each sample, (N,), as the suite plans them: as many of each, give or take one."""
+        labels = self.runs[0].suite.conditions.plan(range(self.old.samples))
+        return None if labels is None else np.asarray(labels)
+
     def _effect(self, metric: str, route: Route, values: Sequence[MetricValue], found: Difference) -> Effect:
         return Effect(
             metric=metric,
@@ -125,6 +143,7 @@ class Pair:
             se=found.se,
             n=found.n,
             df=found.df,
+            slope=found.slope,
             tolerance=self.tolerances.get(metric, default_tolerance(metric, values[0], self.runs[0].suite)),
         )
 
@@ -153,7 +172,7 @@ class Pairs:
             _, found = pair.difference(metric)
         except NotComparable:
             return None
-        return Difference(found.value, found.se, found.df)
+        return Difference(found.value, found.se, found.df, found.slope)
 
     def solution(self, record: Record) -> str | None:
         """The cell id of the fine solution from the same noise; None where the suite has none."""

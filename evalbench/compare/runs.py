@@ -10,7 +10,7 @@ import numpy as np
 
 from evalbench import registry
 from evalbench.errors import EvalbenchError, UserError, unknown
-from evalbench.metrics.common import Array
+from evalbench.metrics.common import CLUSTER, Array
 from evalbench.spec import SCHEMA, Cell, Chunk, Record, Suite, chunks_of, content_id, parse_suite
 from evalbench.store import Store
 from evalbench.suite_references import check_reference_file, read_reference
@@ -93,6 +93,11 @@ class Run:
         if name not in arrays:
             raise NotComparable(f"feature arrays missing: '{name}' is not in the chunks of {self.store.folder}")
         return arrays[name].reshape(len(arrays[name]), -1).astype(np.float64)
+
+    def clusters(self, cell_id: str, samples: int, size: int) -> np.ndarray | None:
+        """The prompt of each sample of a cell as its chunks number them, int (N,); None where they do not say."""
+        found = self._arrays(cell_id, samples, size).get(CLUSTER)
+        return None if found is None else found.astype(np.int64)
 
     def reference(self, key: str) -> dict[str, np.ndarray]:
         """A reference of the suite: its file, or what the model computed and the run stored.

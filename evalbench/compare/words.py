@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
-from evalbench.stats import benjamini_hochberg, holm, p_beyond, t_quantile
+from evalbench.stats import Interval, benjamini_hochberg, holm, p_beyond, t_interval, t_quantile
 
 Word: TypeAlias = Literal["better", "worse", "indistinguishable", "undecided", "not comparable"]
 Control: TypeAlias = Literal["holm", "bh"]
@@ -31,6 +31,7 @@ class Effect:
         difference: new - base in the metric's unit, se its standard error with `df` degrees of freedom, [low, high] its
             95 % interval by Student's t.
         tolerance: differences up to this do not matter.
+        slope: of the squared standard error by the difference, see `stats.StandardError`.
         relative: difference, se and tolerance are logarithms of a ratio new / base, and n counts processes.
     """
 
@@ -46,21 +47,26 @@ class Effect:
     tolerance: float
     df: float = math.inf
     relative: bool = False
+    slope: float = 0.0
 
     @property
-    def half(self) -> float:
-        """Half of the 95 % interval."""
-        return t_quantile(LEVEL, self.df) * self.se
+    def _interval(self) -> Interval:
+        return t_interval(self.difference, self.se, self.df, self.slope)
 
     @property
     def low(self) -> float:
         """Lower end of the 95 % interval."""
-        return self.difference - self.half
+        return self._interval.low
 
     @property
     def high(self) -> float:
         """Upper end of the 95 % interval."""
-        return self.difference + self.half
+        return self._interval.high
+
+    @property
+    def half(self) -> float:
+        """Half of the 95 % interval; of its longer side where the sides differ."""
+        return max(self.high - self.difference, self.difference - self.low)
 
     @property
     def loss(self) -> float:
@@ -70,7 +76,7 @@ class Effect:
     @property
     def p(self) -> float:
         """Two-sided p of "the difference is within the tolerance"; at most 0.05 iff the interval is beyond it."""
-        return float(p_beyond(self.difference, self.tolerance, self.se, self.df))
+        return float(p_beyond(self.difference, self.tolerance, self.se, self.df, self.slope))
 
     def detectable(self, tests: int = 1) -> float:
         """The smallest true difference that is found with 80 % power among so many tests (Bonferroni level)."""

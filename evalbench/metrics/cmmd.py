@@ -20,14 +20,19 @@ SIGMA, SCALE = 10.0, 1000.0
 _BLOCK = 1024
 
 
+def gaussian_kernel(x: Array, y: Array) -> Array:
+    """exp(-|x - y|^2 / (2 sigma^2)) of all pairs, (n, m)."""
+    values: Array = np.exp(squared_distances(x, y) / (-2 * SIGMA**2))
+    return values
+
+
 def kernel_means(x: Array, y: Array) -> Array:
     """mean_j k(x_i, y_j), (n,), in blocks."""
     means = np.zeros(len(x))
     for start in range(0, len(x), _BLOCK):
         rows = slice(start, start + _BLOCK)
         for first in range(0, len(y), _BLOCK):
-            squares = squared_distances(x[rows], y[first : first + _BLOCK])
-            means[rows] += np.exp(squares / (-2 * SIGMA**2)).sum(axis=1)
+            means[rows] += gaussian_kernel(x[rows], y[first : first + _BLOCK]).sum(axis=1)
     return means / len(y)
 
 

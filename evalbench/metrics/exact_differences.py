@@ -14,7 +14,7 @@ import numpy as np
 from evalbench import registry
 from evalbench.interfaces import Parts
 from evalbench.metrics.common import Array
-from evalbench.metrics.estimate import Compute, Difference, TooFewSamples, from_influence
+from evalbench.metrics.estimate import INDEPENDENT, Compute, Difference, Plan, TooFewSamples, from_influence
 from evalbench.metrics.posterior import FACTS, PosteriorMetric, PosteriorRows
 from evalbench.metrics.tokens import pair_shares
 from evalbench.stats import standard_error
@@ -30,7 +30,7 @@ def posterior_difference(name: str) -> Compute:
     g' w (value - mean) G / sum w in either cell, and the difference of the two is one influence.
     """
 
-    def compute(base: Array, new: Array, reference: Parts, clusters: np.ndarray | None = None, /) -> Difference:
+    def compute(base: Array, new: Array, reference: Parts, plan: Plan = INDEPENDENT, /) -> Difference:
         if not np.array_equal(base[:, 0], new[:, 0]):
             raise TooFewSamples("the two cells do not have the same measurements")
         (a, psi_a), (b, psi_b) = (_posterior(_metric(name), rows) for rows in (new, base))
@@ -61,7 +61,7 @@ def _posterior(metric: PosteriorMetric, table: Array) -> tuple[float, Array]:
     return value, sign * slope * found.sizes * (found.values - mean) * (groups / total)
 
 
-def nll_difference(base: Array, new: Array, reference: Parts, clusters: np.ndarray | None = None, /) -> Difference:
+def nll_difference(base: Array, new: Array, reference: Parts, plan: Plan = INDEPENDENT, /) -> Difference:
     """Difference of |mean - entropy|; psi has the sign of each side's own gap.
 
     ||a| - |b|| is at most |a - b| and at most |a + b|, so where a sign is uncertain the interval is too wide, not too
@@ -71,7 +71,7 @@ def nll_difference(base: Array, new: Array, reference: Parts, clusters: np.ndarr
         raise TooFewSamples(f"N too small: {len(base)} samples; a mean with its error needs 2")
     entropy = float(reference["entropy"].item())
     (a, psi_a), (b, psi_b) = (_gap(x, entropy) for x in (new, base))
-    return from_influence(a - b, psi_a - psi_b, clusters)
+    return from_influence(a - b, psi_a - psi_b, plan)
 
 
 def _gap(x: Array, entropy: float) -> tuple[float, Array]:
@@ -79,7 +79,7 @@ def _gap(x: Array, entropy: float) -> tuple[float, Array]:
     return abs(gap), math.copysign(1.0, gap) * (x - x.mean())
 
 
-def pair_tv_difference(base: Array, new: Array, reference: Parts, clusters: np.ndarray | None = None, /) -> Difference:
+def pair_tv_difference(base: Array, new: Array, reference: Parts, plan: Plan = INDEPENDENT, /) -> Difference:
     """Difference of total-variation distances of pair frequencies, each extrapolated to N = infinity.
 
     A frequency that is exact contributes E|noise| ~ N^-1/2 to the plug-in value, one that is clearly off contributes no
@@ -89,9 +89,9 @@ def pair_tv_difference(base: Array, new: Array, reference: Parts, clusters: np.n
     if len(base) < _SEQUENCES:
         raise TooFewSamples(f"N too small: {len(base)} sequences; a difference of frequencies needs {_SEQUENCES}")
     exact = reference["pairs"].astype(np.float64)
-    half = _halves(len(base), clusters)
+    half = _halves(len(base), plan.clusters)
     (a, psi_a), (b, psi_b) = (_pair_tv(x.astype(np.int64), exact, half) for x in (new, base))
-    return from_influence(a - b, psi_a - psi_b, clusters)
+    return from_influence(a - b, psi_a - psi_b, plan)
 
 
 def _halves(n: int, clusters: np.ndarray | None) -> np.ndarray:

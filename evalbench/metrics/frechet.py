@@ -155,15 +155,15 @@ class Influence:
         return float(difference @ difference + traces)
 
     @cached_property
-    def _slope(self) -> Array:
+    def slope(self) -> Array:
         return np.eye(len(self.a.mean)) - (self.axes / np.sqrt(self.eigenvalues)) @ self.axes.T
 
     def __call__(self, features: np.ndarray) -> Array:
         """psi of features (B, D), float64 (B,)."""
         u = features.astype(np.float64) - self.a.mean
         linear = 2 * (u @ (self.a.mean - self.b.mean))
-        quadratic = np.einsum("bd,bd->b", u @ self._slope, u)
-        psi: Array = linear + quadratic - np.sum(self._slope * self.a.cov)
+        quadratic = np.einsum("bd,bd->b", u @ self.slope, u)
+        psi: Array = linear + quadratic - np.sum(self.slope * self.a.cov)
         return psi
 
 
@@ -175,17 +175,24 @@ class Fit:
         blocks: features (B, D) in sample order, of any float dtype; kept in blocks so that no float64 copy of all is
             made. reference: the fixed Gaussian.
         moments: of all samples. clusters: int (N,), equal for the samples of a cluster; None for independent samples.
+        strata: int (N,), the class of each sample where a plan fixes how many each has; without effect beside clusters.
     """
 
     blocks: Sequence[np.ndarray]
     reference: Gaussian
     moments: Moments
     clusters: np.ndarray | None = None
+    strata: np.ndarray | None = None
 
     @cached_property
     def half_of(self) -> NDArray[np.int64]:
-        """Which half a sample belongs to, 0 or 1, (N,)."""
-        return split_labels(self.moments.n, 2, self.clusters)
+        """Which half a sample belongs to, 0 or 1, (N,); each half has half of every class."""
+        if self.strata is None:
+            return split_labels(self.moments.n, 2, self.clusters)
+        halves = np.empty(self.moments.n, dtype=np.int64)
+        for label in np.unique(self.strata):
+            halves[self.strata == label] = split_labels(int(np.sum(self.strata == label)), 2)
+        return halves
 
     @cached_property
     def whole(self) -> Influence:
@@ -221,7 +228,7 @@ class Fit:
     @property
     def error(self) -> StandardError:
         """Of the plug-in distance, corrected for the plug-in's own noise."""
-        return corrected_standard_error(self.influence, self.in_half, self.half_of, self.clusters)
+        return corrected_standard_error(self.influence, self.in_half, self.half_of, self.clusters, self.strata)
 
     @property
     def bias(self) -> float:

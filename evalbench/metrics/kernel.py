@@ -9,46 +9,26 @@ random subsets of 1000: the same expectation with more noise, and a number that 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
 from evalbench.interfaces import Parts, Value
-from evalbench.metrics.common import Array, Rows, RowsMetric, reference_rows, require_samples, split_labels
+from evalbench.metrics.common import Array, Rows, RowsMetric, reference_rows, require_samples
 from evalbench.registry import register
-from evalbench.stats import StandardError, corrected_standard_error, t_interval
+from evalbench.stats import StandardError, is_plan, t_interval, u_statistic_error, within_strata
 
+Kernel: TypeAlias = Callable[[Array, Array], Array]  # of all pairs of rows, (n, D) and (m, D) -> (n, m)
 _BLOCK = 512  # rows per block: 2 MB of kernel values, which stay in a core's cache
 _own_means: dict[str, float] = {}  # of references, by digest: every cell of a run meets the same one
 
 
-@dataclass(frozen=True)
-class Mmd:
-    """The unbiased estimate and the effect of each sample on it, with y taken as given.
-
-    Attributes:
-        value: MMD^2; may be negative near zero.
-        influence: psi_i = 2 (mean_{j != i} k(x_i, x_j) - mean_j k(x_i, y_j)), centred, (n,).
-        in_half: the same within the half that a sample belongs to, (n,). half_of: 0 or 1, int (n,).
-        clusters: int (n,), equal for the samples of a cluster; None for independent samples.
-    """
+class Mmd(NamedTuple):
+    """MMD^2, or the difference of two, and its standard error with y taken as given; may be negative near zero."""
 
     value: float
-    influence: Array
-    in_half: Array
-    half_of: NDArray[np.int64]
-    clusters: np.ndarray | None = None
-
-    def __sub__(self, other: Mmd) -> Mmd:
-        """The paired difference: row i of both comes from the same noise."""
-        influence, in_half = self.influence - other.influence, self.in_half - other.in_half
-        return Mmd(self.value - other.value, influence, in_half, self.half_of, self.clusters)
-
-    @property
-    def error(self) -> StandardError:
-        """Standard error of the value, a U-statistic of second order."""
-        return corrected_standard_error(self.influence, self.in_half, self.half_of, self.clusters)
+    error: StandardError
 
 
 def cubic_kernel(x: Array, y: Array) -> Array:
@@ -60,70 +40,151 @@ def cubic_kernel(x: Array, y: Array) -> Array:
     return cubes
 
 
-def _row_sums(x: Array, y: Array) -> Array:
+def _row_sums(x: Array, y: Array, kernel: Kernel) -> Array:
     """sum_j k(x_i, y_j), (n,)."""
     sums = np.zeros(len(x))
     for i in range(0, len(x), _BLOCK):
         for j in range(0, len(y), _BLOCK):
-            sums[i : i + _BLOCK] += cubic_kernel(x[i : i + _BLOCK], y[j : j + _BLOCK]).sum(axis=1)
+            sums[i : i + _BLOCK] += kernel(x[i : i + _BLOCK], y[j : j + _BLOCK]).sum(axis=1)
     return sums
 
 
-def _sums_by_group(x: Array, groups: Array) -> Array:
-    """sum_{j != i, j in g} k(x_i, x_j), (n, G); every pair is computed once.
-
-    Args:
-        groups: (n, G), 1 where a sample belongs to a group, else 0.
-    """
-    sums = np.zeros_like(groups)
-    for i in range(0, len(x), _BLOCK):
-        for j in range(i, len(x), _BLOCK):
-            k = cubic_kernel(x[i : i + _BLOCK], x[j : j + _BLOCK])
-            if i == j:
-                np.fill_diagonal(k, 0.0)
-            else:
-                sums[j : j + _BLOCK] += k.T @ groups[i : i + _BLOCK]
-            sums[i : i + _BLOCK] += k @ groups[j : j + _BLOCK]
-    return sums
-
-
-def mmd2(x: Array, y: Array, clusters: np.ndarray | None = None) -> Mmd:
+def mmd2(
+    x: Array,
+    y: Array,
+    clusters: np.ndarray | None = None,
+    base: Array | None = None,
+    kernel: Kernel = cubic_kernel,
+    strata: np.ndarray | None = None,
+) -> Mmd:
     """Unbiased MMD^2 of samples x (n, D), n >= 4, and reference y (m, D), m >= 2, float64.
 
-    With clusters the pairs within a cluster are left out of the first mean: they say nothing of independent samples.
+    With `base` (n, D), whose row i comes from the noise of row i of x: MMD^2 of x less that of base. Another kernel
+    than the cubic one needs `base`.
+
+    It is a U-statistic of the kernel h_ij = k(x_i, x_j) - c_i - c_j, c_i = mean_j k(x_i, y_j), and its error is that of
+    `stats.u_statistic_error`. With clusters the pairs within a cluster are left out of the first mean: they say nothing
+    of independent samples. A cluster then counts as one, by the sums of its kernel. With strata, int (n,), a plan fixes
+    how many samples of each class there are: pairs within a class are too few by its samples with themselves, and weigh
+    n_a / (n_a - 1); only what varies within classes is error.
     """
-    n, half_of = len(x), split_labels(len(x), 2, clusters)
-    members = np.eye(2)[half_of]  # (n, 2)
-    sums, pairs = _sums_by_group(x, members), np.tile(members.sum(axis=0), (n, 1)) - members
-    if clusters is not None:
-        within, others = _within_clusters(x, clusters)
-        sums, pairs = sums - within[:, None] * members, pairs - others[:, None] * members
-    cross, mine = _row_sums(x, y) / len(y), (np.arange(n), half_of)
-    own = sums.sum(axis=1) / pairs.sum(axis=1)
-    psi = 2 * (own - cross)
-    in_half = 2 * (sums[mine] / pairs[mine] - cross)
-    weights = pairs.sum(axis=1) / pairs.sum()
-    value = float(weights @ own + _own_mean(y) - 2 * cross.mean())
-    return Mmd(value, psi - psi.mean(), in_half, half_of, clusters)
+    if clusters is not None or (strata is not None and not is_plan(strata)):
+        strata = None
+    arms = ((1.0, x),) if base is None else ((1.0, x), (-1.0, base))
+    pairs, n = _Pairs(arms, clusters, kernel), len(x)
+    sizes, rows = pairs.sizes, pairs.row_sums()
+    cross = pairs.summed(np.sum([sign * _row_sums(arm, y, kernel) for sign, arm in arms], axis=0) / len(y))
+    if strata is not None:  # as if every sample met another one like itself, of all n
+        rows = (rows + pairs.within(strata)) * ((n - 1) / n)
+    groups, apart = len(sizes), n * n - float(sizes @ sizes)  # pairs of samples of different clusters
+    own = float(rows.sum()) / apart
+    theta = own - 2 * float(cross @ (n - sizes)) / apart
+    # mean over h of the centred kernel of clusters, which counts a pair of clusters as a pair of samples
+    scale = groups * (groups - 1) / apart
+    effects = rows - cross * (n - sizes) - sizes * (cross.sum() - cross) - theta * sizes * (n - sizes)
+    g = effects * scale / (groups - 1)
+    g -= g.mean()
+
+    value = own - 2 * float(cross.sum()) / n + (_own_mean(y) if base is None else 0.0)
+    return Mmd(value, u_statistic_error(g, *_second_part(pairs, cross, theta, g, scale, strata), strata))
 
 
-def _within_clusters(x: Array, clusters: np.ndarray) -> tuple[Array, Array]:
-    """sum_{j != i} k(x_i, x_j) over the cluster of i, (n,), and the number of those j, (n,)."""
-    sums, others = np.zeros(len(x)), np.zeros(len(x))
-    for cluster in np.split(
-        np.argsort(clusters, kind="stable"), np.unique(np.sort(clusters), return_index=True)[1][1:]
-    ):
-        k = cubic_kernel(x[cluster], x[cluster])
-        sums[cluster], others[cluster] = k.sum(axis=1) - np.diag(k), len(cluster) - 1
-    return sums, others
+def _second_part(
+    pairs: _Pairs, cross: Array, theta: float, g: Array, scale: float, strata: np.ndarray | None
+) -> tuple[float, float]:
+    """Mean over pairs of psi^2 and of g psi g, psi_gh the kernel of clusters less what g, c and theta say of it.
+
+    With strata g and psi are less their means within classes: sum (psi_ij - psi_ib - psi_aj + psi_ab)^2 over i in a and
+    j in b needs the means psi_ib alone.
+    """
+    sizes, groups = pairs.sizes, len(pairs.sizes)
+    _, of = np.unique(np.zeros(groups) if strata is None else strata, return_inverse=True)
+    member = np.eye(of.max() + 1)[of]  # (G, K)
+    residual = g if strata is None else within_strata(g, strata)
+    squares, along, sums = 0.0, 0.0, np.zeros_like(member)
+    for a, b, k in pairs.blocks():
+        linear = np.outer(cross[a], sizes[b]) + np.outer(sizes[a], cross[b]) + theta * np.outer(sizes[a], sizes[b])
+        psi = scale * (k - linear) - g[a, None] - g[b]
+        if a == b:
+            np.fill_diagonal(psi, 0.0)
+        times = 1 if a == b else 2
+        squares += times * float(np.einsum("ij,ij->", psi, psi))
+        along += times * float(residual[a] @ psi @ residual[b])
+        if strata is not None:
+            sums[a] += psi @ member[b]
+            if a != b:
+                sums[b] += psi.T @ member[a]
+    ordered = groups * (groups - 1)
+    if strata is not None:
+        counts = member.sum(axis=0)
+        squares += float(np.sum((member.T @ sums) ** 2 / np.outer(counts, counts)) - 2 * np.sum(sums**2 / counts))
+        squares /= (1 - len(counts) / groups) ** 2
+    return squares / ordered, along / ordered
+
+
+class _Pairs:
+    """The kernel of all pairs, signed and summed over the arms and within clusters, in blocks.
+
+    Attributes:
+        sizes: samples of each cluster, (G,); without clusters every sample is one.
+    """
+
+    def __init__(self, arms: Sequence[tuple[float, Array]], clusters: np.ndarray | None, kernel: Kernel):
+        n, self._kernel = len(arms[0][1]), kernel
+        self._order = np.arange(n) if clusters is None else np.argsort(clusters, kind="stable")
+        self._starts = np.arange(n)
+        if clusters is not None:
+            self._starts = np.unique(clusters[self._order], return_index=True)[1]
+        self._arms = [(sign, rows if clusters is None else rows[self._order]) for sign, rows in arms]
+        self.sizes = np.diff(np.append(self._starts, n)).astype(np.float64)
+
+    def summed(self, values: Array) -> Array:
+        """Sum over each cluster of a number per sample, (G,)."""
+        sums: Array = np.add.reduceat(values[self._order], self._starts)
+        return sums
+
+    def row_sums(self) -> Array:
+        """sum_{h != g} of the kernel, (G,); every pair is computed once."""
+        sums = np.zeros_like(self.sizes)
+        for a, b, k in self.blocks():
+            if a == b:
+                np.fill_diagonal(k, 0.0)
+            else:
+                sums[b] += k.sum(axis=0)
+            sums[a] += k.sum(axis=1)
+        return sums
+
+    def within(self, strata: np.ndarray) -> Array:
+        """Mean over j != i of the class of i of the kernel, (n,)."""
+        found = np.zeros(len(strata))
+        for label in np.unique(strata):
+            members = np.flatnonzero(strata == label)
+            parts = _Pairs([(sign, x[members]) for sign, x in self._arms], None, self._kernel)
+            found[members] = parts.row_sums() / (len(members) - 1)
+        return found
+
+    def blocks(self) -> Iterator[tuple[slice, slice, Array]]:
+        """(a, b, kernel of the clusters a and b), a the same as b or before it."""
+        groups, ends = len(self.sizes), np.append(self._starts, len(self._order))
+        step = max(1, _BLOCK * groups // len(self._order))  # clusters per block
+        cuts = [slice(first, min(first + step, groups)) for first in range(0, groups, step)]
+        for i, a in enumerate(cuts):
+            for b in cuts[i:]:
+                rows, columns = (slice(ends[cut.start], ends[cut.stop]) for cut in (a, b))
+                k = np.zeros((rows.stop - rows.start, columns.stop - columns.start))
+                for sign, x in self._arms:
+                    k += sign * self._kernel(x[rows], x[columns])
+                if groups < len(self._order):
+                    k = np.add.reduceat(k, self._starts[a] - rows.start, axis=0)
+                    k = np.add.reduceat(k, self._starts[b] - columns.start, axis=1)
+                yield a, b, k
 
 
 def _own_mean(y: Array) -> float:
     """mean_{i != j} k(y_i, y_j), remembered: a reference is larger than any cell and is met once per cell."""
     digest = hashlib.sha256(np.ascontiguousarray(y).tobytes() + str(y.shape).encode()).hexdigest()
     if digest not in _own_means:
-        everyone = np.ones((len(y), 1))
-        _own_means[digest] = float(_sums_by_group(y, everyone).sum()) / (len(y) * (len(y) - 1))
+        _own_means[digest] = float(_Pairs(((1.0, y),), None, cubic_kernel).row_sums().sum()) / (len(y) * (len(y) - 1))
     return _own_means[digest]
 
 
@@ -131,7 +192,7 @@ def _own_mean(y: Array) -> float:
 class KernelDistance(RowsMetric):
     """KID: unbiased squared MMD with the cubic kernel, over all samples."""
 
-    version = 2  # 2: the interval to second order
+    version = 3  # 2: the interval to second order; 3: its parts apart, longer on one side
     unit = "squared MMD"
 
     def compute(self, state: Rows, reference: Parts | None, *, allow_small_n: bool = False) -> Value:
@@ -139,5 +200,5 @@ class KernelDistance(RowsMetric):
         x = state.joined()
         mmd = mmd2(x, reference_rows(self.id, self.reference_key, reference, x.shape[1]), state.clusters)
         error = mmd.error
-        interval = t_interval(mmd.value, error.se, error.df)
+        interval = t_interval(mmd.value, error.se, error.df, error.slope)
         return Value(mmd.value, state.n, error.se, interval.low, interval.high)

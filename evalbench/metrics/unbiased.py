@@ -6,7 +6,8 @@ w_ij = 1 / (2 l_i l_j (l_i + l_j)), l = lambda^1/2 (the second derivative of the
 differences). Two parts are taken off:
 
 1. The second order, from the samples themselves and so for any distribution: it is a mean over all pairs (x_i, x_j)
-   whose diagonal i = j is the bias. With clusters every pair within a cluster belongs to that diagonal.
+   whose diagonal i = j is the bias. With clusters every pair within a cluster belongs to that diagonal. Where a plan
+   fixes how many samples each class has, only what varies within classes does.
 2. Third and higher orders, which grow as d (d/N)^2: where d/N is not small the sample's eigenvalues spread about the
    true ones by the law of Marchenko & Pastur (1967), and the trace that one would see without the spread has a closed
    form (`population_root_trace`). Of this only what lies beyond the second order is used.
@@ -25,7 +26,7 @@ import numpy as np
 from evalbench.errors import EvalbenchError
 from evalbench.metrics.common import Array
 from evalbench.metrics.frechet import Fit, Gaussian, moments
-from evalbench.stats import StandardError, corrected_standard_error
+from evalbench.stats import StandardError, corrected_standard_error, is_plan
 
 _NODES = 8  # of the quadrature; more change nothing at 1e-6 on spectra of samples, whose eigenvalues repel each other
 
@@ -70,7 +71,8 @@ def unbiased_distance(fit: Fit) -> float:
     roots = np.sqrt(lam)
     w = 0.5 / (np.outer(roots, roots) * np.add.outer(roots, roots))
     higher = 2 * (population_root_trace(lam, n - 1) - float(roots.sum())) - float(lam @ w @ lam) / (n - 1)
-    return float(fit.whole.distance - _second_order_bias(fit, w) - higher)
+    second = _second_order_bias if fit.strata is None else _planned_second_order_bias
+    return float(fit.whole.distance - second(fit, w) - higher)
 
 
 def _second_order_bias(fit: Fit, w: Array) -> float:
@@ -99,6 +101,29 @@ def _second_order_bias(fit: Fit, w: Array) -> float:
     return total / n**2 * clusters / (clusters - 1)
 
 
+def _planned_second_order_bias(fit: Fit, w: Array) -> float:
+    """1 / N^2 sum over classes of n_a times the mean of h_ii less that of h_ij, i and j two samples of the class.
+
+    h is the second-order kernel, h_ij = u_i.u_j + sum w (v_i v_i' - diag(lambda)) (v_j v_j' - diag(lambda)). As
+    the covariance is divided by n - 1, it is too large by what varies between classes, over n - 1.
+    """
+    assert fit.strata is not None
+    n, lam = fit.moments.n, fit.whole.eigenvalues
+    u = np.concatenate([block.astype(np.float64) for block in fit.blocks]) - fit.whole.a.mean
+    v = u @ fit.whole.axes
+    y, weights = v**2, np.diag(w)
+    own = np.einsum("bd,bd->b", u, u) + np.einsum("bd,bd->b", y @ w, y) + (lam * weights) @ (lam[:, None] - 2 * y.T)
+    total, between = 0.0, -fit.whole.a.cov
+    for label in np.unique(fit.strata):
+        members = fit.strata == label
+        count, mean = int(members.sum()), u[members].mean(axis=0)
+        gap = v[members].T @ v[members] / count - np.diag(lam)
+        alike = float(mean @ mean + np.sum(w * gap**2))
+        total += count / (count - 1) * (float(own[members].sum()) - count * alike)
+        between = between + count / n * np.cov(u[members], rowvar=False).reshape(between.shape)
+    return total / n**2 - float(np.sum(fit.whole.slope * between)) / (n - 1)
+
+
 class PairedDifference(NamedTuple):
     """FD(a) - FD(b) without its bias, the standard error, and the bias that was taken off the plug-in difference."""
 
@@ -108,7 +133,11 @@ class PairedDifference(NamedTuple):
 
 
 def paired_difference(
-    a: np.ndarray, b: np.ndarray, reference: Gaussian, clusters: np.ndarray | None = None
+    a: np.ndarray,
+    b: np.ndarray,
+    reference: Gaussian,
+    clusters: np.ndarray | None = None,
+    strata: np.ndarray | None = None,
 ) -> PairedDifference:
     """FD(a) - FD(b), the statistic of verdicts; negative when a is better.
 
@@ -117,11 +146,15 @@ def paired_difference(
     Args:
         a, b: features (N, D) of two methods, N > D + 1; row i of both comes from the same noise.
         reference: the fixed Gaussian. clusters: int (N,), equal for the samples of a prompt; None without.
+        strata: int (N,), the class of each sample where a plan fixes how many each has; without effect beside clusters,
+            or where a class has one sample.
     """
+    if clusters is not None or (strata is not None and not is_plan(strata)):
+        strata = None
     if a.shape != b.shape:
         raise EvalbenchError(f"paired features differ in shape: {a.shape} and {b.shape}")
-    fits = [Fit((x,), reference, moments(x), clusters) for x in (a, b)]
+    fits = [Fit((x,), reference, moments(x), clusters, strata) for x in (a, b)]
     value = unbiased_distance(fits[0]) - unbiased_distance(fits[1])
     influence, in_half = (fits[0].influence - fits[1].influence), (fits[0].in_half - fits[1].in_half)
-    error = corrected_standard_error(influence, in_half, fits[0].half_of, clusters)
+    error = corrected_standard_error(influence, in_half, fits[0].half_of, clusters, strata)
     return PairedDifference(value, error, fits[0].whole.distance - fits[1].whole.distance - value)

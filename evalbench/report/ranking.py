@@ -29,11 +29,12 @@ MOST_PAIRS = 1000  # paired tests of a report; what comes later is ranked by the
 
 
 class Difference(NamedTuple):
-    """first - second of a metric from samples of the same noise, its standard error with its degrees of freedom."""
+    """first - second of a metric from samples of the same noise, its standard error degrees of freedom and slope."""
 
     value: float
     se: float
     df: float = math.inf
+    slope: float = 0.0
 
 
 Differences: TypeAlias = Callable[[Record, Record, str], Difference | None]
@@ -187,13 +188,15 @@ class Ranker:
     def _beats(self, rows: Sequence[Row], sign: float) -> tuple[np.ndarray, Basis]:
         """[i, j]: i is surely better than j, by Holm over all pairs."""
         loss, se, margin = self._apart(rows, sign)
-        df = np.full_like(se, math.inf)
+        df, slope = np.full_like(se, math.inf), np.zeros_like(se)
         i, j = np.triu_indices(len(rows), 1)
         paired = [self._pair(a, b) for a, b in combinations(rows, 2)] if self._affords(len(i)) else []
         for a, b, found in zip(i, j, paired, strict=False):
             if found is not None:
                 loss[a, b], se[a, b], margin[a, b], df[a, b] = sign * found.value, found.se, 0.0, found.df
-        rejected = np.array(holm(p_beyond(loss[i, j], margin[i, j], se[i, j], df[i, j])), dtype=bool)
+                slope[a, b] = sign * found.slope
+        p_values = p_beyond(loss[i, j], margin[i, j], se[i, j], df[i, j], slope[i, j])
+        rejected = np.array(holm(p_values), dtype=bool)
         beats = np.zeros_like(loss, dtype=bool)
         beats[i, j] = rejected & (loss[i, j] < 0)
         beats[j, i] = rejected & (loss[i, j] > 0)
@@ -219,7 +222,7 @@ class Ranker:
         key = (_key(a), _key(b))
         if key not in self._paired and key[::-1] in self._paired:
             found = self._paired[key[::-1]]
-            return found and found._replace(value=-found.value)
+            return found and found._replace(value=-found.value, slope=-found.slope)
         if key not in self._paired:
             self._paired[key] = self._mean_difference(a, b)
         return self._paired[key]
@@ -235,7 +238,9 @@ class Ranker:
         if not known or len(known) < len(found):
             return None
         se = math.sqrt(sum(one.se**2 for one in known)) / len(known)
-        return Difference(fmean(one.value for one in known), se, min(one.df for one in known))
+        # the squared error of a mean of K falls by K^2, its value by K
+        slope = fmean(one.slope for one in known) / len(known)
+        return Difference(fmean(one.value for one in known), se, min(one.df for one in known), slope)
 
 
 def _chosen(spending: Sequence[tuple[Row, float]], allowance: float) -> list[tuple[Row, float]]:

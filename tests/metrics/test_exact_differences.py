@@ -7,6 +7,17 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from _null_routes import (
+    DIMS,
+    EXACT,
+    MEASUREMENTS,
+    ONE,
+    OTHER,
+    SHARED,
+    SYMBOLS,
+    chains,
+    posterior_rows,
+)
 
 from evalbench import registry
 from evalbench.metrics.common import value_of
@@ -16,23 +27,12 @@ from evalbench.metrics.tokens import pair_shares
 REPEATS = 100
 LIMIT = 0.05 + 3 * math.sqrt(0.05 * 0.95 / REPEATS)
 POSTERIOR = ("posterior-energy", "posterior-rmse", "recovery-snr")
-MEASUREMENTS, SHARED, DIMS = 24, 4, 3
 
 
 def missed(draw: Callable[[np.random.Generator], Difference], truth: float = 0.0) -> float:
     """Share of intervals that leave out the truth."""
     found = (draw(np.random.default_rng([key, 9])).interval for key in range(REPEATS))
     return float(np.mean([not i.low <= truth <= i.high for i in found]))
-
-
-def posterior_rows(rng: np.random.Generator, z: np.ndarray) -> np.ndarray:
-    """Rows of the extractor `posterior` for whitened samples z, whose exact posterior is N(0, I)."""
-    key = np.repeat(np.arange(MEASUREMENTS), SHARED)
-    w = rng.standard_normal((MEASUREMENTS, 32, DIMS))
-    own = np.mean([np.linalg.norm(w - np.roll(w, shift, 1), axis=2).mean(1) for shift in range(1, 9)], axis=0)
-    square = (z**2).mean(1)
-    distance = 2 * np.linalg.norm(z[:, None] - w[key], axis=2).mean(1) - own[key]
-    return np.column_stack([key, square, square + 1, np.full(len(z), 2.0), square, distance, z])
 
 
 def twins(rng: np.random.Generator, rho: float) -> tuple[np.ndarray, np.ndarray]:
@@ -85,22 +85,6 @@ def test_other_measurements_have_no_verdict() -> None:
 
 
 # --- tokens ---------------------------------------------------------------------------------------------------------
-
-SYMBOLS, LENGTH = 4, 16
-EXACT = {"pairs": np.full((SYMBOLS, SYMBOLS), 1 / SYMBOLS**2)}
-
-
-def chains(rng: np.random.Generator, n: int, first: tuple[float, ...] = (0.25,) * SYMBOLS) -> np.ndarray:
-    """Sequences whose symbol after 0 has probabilities `first`, all others 1 / SYMBOLS."""
-    table = np.cumsum([first, *[[0.25] * SYMBOLS] * (SYMBOLS - 1)], axis=1)
-    x, u = np.zeros((n, LENGTH), int), rng.random((n, LENGTH))
-    x[:, 0] = SYMBOLS * u[:, 0]
-    for place in range(1, LENGTH):
-        x[:, place] = np.minimum((u[:, place, None] > table[x[:, place - 1]]).sum(1), SYMBOLS - 1)
-    return x.astype(float)
-
-
-ONE, OTHER = (0.31, 0.19, 0.25, 0.25), (0.25, 0.25, 0.19, 0.31)  # equally far from the exact chain
 
 
 @pytest.mark.parametrize(

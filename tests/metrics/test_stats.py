@@ -18,6 +18,28 @@ def test_normal_and_t_intervals():
     assert (wide.low, wide.high) == pytest.approx((-2.13145, 2.13145), abs=1e-5)
 
 
+@pytest.mark.parametrize("slope", [-0.4, 0.0, 0.3])
+def test_an_interval_ends_where_the_error_there_makes_it_end(slope):
+    """And p is 0.05 for a margin at its end."""
+    value, se, df = 1.7, 0.5, 12.0
+    t, found = stats.t_quantile(0.05, df), stats.t_interval(1.7, 0.5, 12.0, slope)
+    for end in (found.low, found.high):
+        there = np.sqrt(max(se**2, se**2 + slope * (end - value)))
+        assert abs(end - value) == pytest.approx(t * there, rel=1e-12)
+    assert (found.high - value > t * se * 1.001) == (slope > 0)
+    assert (value - found.low > t * se * 1.001) == (slope < 0)
+    assert float(stats.p_beyond(value, found.low, se, df, slope)) == pytest.approx(0.05)
+    assert float(stats.p_beyond(-value, found.low, se, df, -slope)) == pytest.approx(0.05)
+
+
+def test_error_of_a_u_statistic_never_falls_below_its_second_part():
+    g = RNG(5).standard_normal(100)
+    first = stats.u_statistic_error(g, 0.0, 0.0)
+    assert first.se == pytest.approx(2 * g.std(ddof=1) / 10)
+    assert stats.u_statistic_error(0.01 * g, 1.0, 0.0).se == pytest.approx(np.sqrt(2) / 100)
+    assert stats.u_statistic_error(0 * g, 0.0, 0.0) == stats.StandardError(0.0, np.inf)
+
+
 def test_wilson_interval():
     """Newcombe 1998, table I: 81 of 263 gives 0.2553 to 0.3662."""
     interval = stats.wilson_interval(81, 263)
