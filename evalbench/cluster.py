@@ -411,6 +411,7 @@ def _connect(address: str | None, workers: int | None) -> bool:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         else:
             ray.init(
+                "local",  # never one that happens to run on this machine, somebody else's perhaps
                 num_cpus=workers,
                 include_dashboard=False,
                 log_to_driver=False,

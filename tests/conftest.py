@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,3 +37,29 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
         if not torch.cuda.is_available():
             pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture
+def faults(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Note faults that a test injects; the end of the run says how many of each kind, and how many were survived."""
+
+    def note(kind: str, count: int = 1) -> None:
+        request.node.user_properties.append(("faults", [kind, int(count)]))
+
+    return note
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Faults by kind; survived are those of tests that passed."""
+    injected: Counter[str] = Counter()
+    survived: Counter[str] = Counter()
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.getreports(outcome):
+            found = [value for name, value in report.user_properties if name == "faults" and report.when == "call"]
+            for kind, count in found:
+                injected[kind] += count
+                survived[kind] += count * (outcome == "passed")
+    if injected:
+        terminalreporter.section("faults injected and survived")
+        for kind in sorted(injected):
+            terminalreporter.line(f"{kind}: {injected[kind]} injected, {survived[kind]} survived")

@@ -74,24 +74,6 @@ class KillsWorker(Solver):
         os._exit(1)
 '''
 
-# A method that can be killed in the middle, and a suite whose chunks land one by one.
-SLOW = '''
-import time
-from evalbench.interfaces import Solver
-from evalbench.registry import register
-
-
-@register("slow")
-class Slow(Solver):
-    """One evaluation, and time to be killed in."""
-
-    def sample(self, denoiser, x_T, cond, nfe, noise):
-        time.sleep(0.15)
-        return denoiser(x_T, 0.5, cond)
-'''
-SMALL_CHUNKS = 'extends = "gmm-smooth"\nname = "chaos"\nversion = 1\nsummary = "small chunks"\n[sampling]\nchunk = 32\n'
-
-
 # A method that needs what it prepared.
 PREPARES = '''
 import numpy as np
@@ -114,6 +96,57 @@ class Prepares(Solver):
     def sample(self, denoiser, x_T, cond, nfe, noise):
         return denoiser(x_T, float(self.prepared().arrays["t"][0]), cond)
 '''
+
+# A method that can be killed in the middle, and a suite whose chunks land one by one. Where CHAOS_FOLDER is set, some
+# of its calls go wrong, each chunk's at most once: calls are counted by files, so that all processes count together.
+SLOW = '''
+import hashlib
+import os
+import time
+from pathlib import Path
+
+import torch
+from evalbench.interfaces import Solver
+from evalbench.registry import register
+
+
+def number(folder):
+    """Which call this is, from 1 on, over all processes."""
+    n = len(list(folder.glob("call-*"))) + 1
+    while True:
+        try:
+            os.close(os.open(folder / f"call-{n}", os.O_CREAT | os.O_EXCL))
+            return n
+        except FileExistsError:
+            n += 1
+
+
+def misbehave(x_T):
+    folder = Path(os.environ["CHAOS_FOLDER"])
+    call = number(folder)
+    due = sum(int(moment) <= call for moment in os.environ["CHAOS_MOMENTS"].split(","))
+    hit = folder / ("hit-" + hashlib.sha256(x_T.numpy().tobytes()).hexdigest()[:16])
+    if due <= len(list(folder.glob("hit-*"))) or hit.exists():
+        return
+    hit.touch()
+    if os.environ["CHAOS_FAULT"] == "hang":
+        time.sleep(3600)
+    raise torch.OutOfMemoryError("no room, says the test")
+
+
+@register("slow")
+class Slow(Solver):
+    """One evaluation, and time to be killed in."""
+
+    def sample(self, denoiser, x_T, cond, nfe, noise):
+        if "CHAOS_FOLDER" in os.environ:
+            misbehave(x_T)
+        time.sleep(0.15)
+        return denoiser(x_T, 0.5, cond)
+'''
+SMALL_CHUNKS = 'extends = "gmm-smooth"\nname = "chaos"\nversion = 1\nsummary = "small chunks"\n[sampling]\nchunk = 32\n'
+
+Faults = Callable[..., None]  # what the fixture `faults` gives: faults(kind, count=1)
 
 EFFORT = Effort(processes=2, rounds=2, seconds=0.0, batches=(1, 8), steady=Steady(window=1, most=3), kept=2, pin=False)
 
