@@ -8,6 +8,8 @@ assignments, works on whatever weights the class has, and an unchanged part has 
     DiTTransformer2DModel   transformer_blocks                               the first 18/28    the others
     SD3Transformer2DModel   transformer_blocks                               the first 18/28    the others
     UNet2DConditionModel    every ResnetBlock2D and Transformer2DModel       conv_in, down, mid up_blocks
+
+Rows of a batch may leave the transformers after any block; a UNet's blocks share no stream that its head could read.
 """
 
 from __future__ import annotations
