@@ -45,7 +45,7 @@ test-slow: $(STAMP)
 
 TIMES ?= 20
 chaos: $(STAMP)
-	OMP_NUM_THREADS=1 EVALBENCH_CHAOS=$(TIMES) $(VENV)/bin/python -m pytest -n 0 -s --timeout 3600 tests/test_chaos.py $(ARGS)
+	OMP_NUM_THREADS=1 EVALBENCH_CHAOS=$(TIMES) $(VENV)/bin/python -m pytest -n 0 -s --timeout 3600 tests/test_chaos.py tests/test_cluster_nodes.py $(ARGS)
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

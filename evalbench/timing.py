@@ -134,6 +134,8 @@ def run_latency(
         A Timing after each piece, and the LatencyResult last.
     """
     environment.prepare_process()
+    for name, source in job.plugins.items():  # a Ray worker that times has loaded none
+        registry.load_plugin(source, name)
     described = environment.describe(environment.pick_device())
     bench = CellBench.of(job)
     found: list[Sitting] = []
