@@ -524,6 +524,17 @@ def check(
     print(check_command(request.suite, request.plugins))
 
 
+@app.command("import-scores")
+def import_scores(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder whose samples were judged.")],
+    file: Annotated[Path, typer.Argument(help="JSON: evaluator, version, log, scores by cell.")],
+) -> None:
+    """Scores of an external evaluator as a metric of the run, with its name, version and log."""
+    from evalbench.imports import import_command
+
+    import_command(run_folder, file)
+
+
 @app.command()
 def replicate(
     kit: Annotated[

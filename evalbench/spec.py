@@ -391,6 +391,18 @@ class MetricValue(Frozen):
     higher_is_better: bool = False
 
 
+class Imported(Frozen):
+    """A score of a cell that another program computed from its samples.
+
+    Attributes:
+        cell: its id. metric: `EVALUATOR@VERSION`. value: with a note that says it was imported, and from what.
+    """
+
+    cell: str
+    metric: str
+    value: MetricValue
+
+
 class Failure(Frozen):
     """Why a cell or a metric has no value."""
 

@@ -18,7 +18,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,9 @@ import numpy as np
 from evalbench import __version__
 from evalbench.durable import Group, append_line, opened, read_facts, read_npz, write_atomic, write_npz
 from evalbench.errors import DamagedFile, EvalbenchError, UserError
-from evalbench.spec import Chunk, Record, Suite, content_id, record_from_json
+from evalbench.spec import Chunk, Imported, MetricValue, Record, Suite, content_id, record_from_json
 
+IMPORTS = "imports.jsonl"  # scores of other programs, one a line
 _CHUNK = re.compile(r"(\d+)-(\d+)\.npz")
 
 
@@ -100,6 +101,38 @@ class Store:
         lines = text.split("\n")
         # a line without its end is a write that was cut off by a kill: that record is simply not there
         return [line for line in lines[:-1] if line]
+
+    def shown_records(self) -> list[Record]:
+        """The latest records, with the scores that other programs computed: what tables and reports show."""
+        imported: dict[str, dict[str, MetricValue]] = {}
+        for one in self.imported():
+            imported.setdefault(one.cell, {})[one.metric] = one.value
+        return [
+            record.model_copy(update={"metrics": {**record.metrics, **imported[record.cell.id]}})
+            if record.kind == "quality" and record.cell.id in imported
+            else record
+            for record in self.records()
+        ]
+
+    def imported(self) -> list[Imported]:
+        """Scores that other programs computed, in the order they came; a later one of a cell and metric wins.
+
+        Raises:
+            EvalbenchError: the file is damaged.
+        """
+        file = self.folder / IMPORTS
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+            return [Imported.model_validate_json(line) for line in lines]
+        except (ValueError, UnicodeDecodeError) as error:
+            raise EvalbenchError(
+                f"{file} cannot be read: {str(error).splitlines()[0]}; import the scores again"
+            ) from None
+
+    def append_imported(self, scores: Iterable[Imported]) -> None:
+        """Add imported scores, durably."""
+        for one in scores:
+            append_line(self.folder / IMPORTS, one.model_dump_json())
 
     def append(self, record: Record) -> None:
         """Add a record, durably, after the chunks it was made of."""

@@ -72,7 +72,7 @@ def load(run: Path | str, table: str = "cells") -> pd.DataFrame:
     from evalbench.report import frames
 
     store = Store(run)
-    records = store.records()
+    records = store.shown_records()
     if table == "cells":
         return frames.cells_frame(records, suite_of(store))
     if table == "timings":

@@ -41,7 +41,7 @@ def build(
     store: Store, suite: Suite, out_dir: Path, formats: Sequence[str], pairs: Pairs | None = None
 ) -> dict[str, Path]:
     """Write what `build_report` promises."""
-    records = store.records()
+    records = store.shown_records()
     timings = timings_frame(records)
     paths: dict[str, Path] = {}
     if "csv" in formats:

@@ -64,7 +64,7 @@ class Pool:
             suite = parse_suite(store.manifest()["suite"], "", where=f"manifest of {store.folder}")
             name = f"{suite.name} v{suite.version}"
             self.suites[name] = suite
-            self.records.setdefault(name, []).extend(store.records())
+            self.records.setdefault(name, []).extend(store.shown_records())
         self.records = {name: _latest(found) for name, found in self.records.items()}
 
     @property
