@@ -413,12 +413,18 @@ def weights(
 @app.command()
 def export(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder made with --save-samples.")],
-    layout: Annotated[str, typer.Option("--layout", help="folder, adm-npz, geneval or dpg.")] = "folder",
+    layout: Annotated[
+        str, typer.Option("--layout", help="folder, adm-npz, geneval, dpg; model-index, submission.")
+    ] = "folder",
     to: Annotated[Path | None, typer.Option("--to", help="Where; default RUN/export.")] = None,
 ) -> None:
-    """Samples of every cell for other tools, with a manifest."""
+    """Samples of every cell for other tools, with a manifest; or its numbers for a model card or a leaderboard."""
+    from evalbench.cards import FILES, write_card
     from evalbench.export import export_run
 
+    if layout in FILES:
+        print(write_card(run_folder, layout, to or run_folder / "export"))
+        return
     for path in export_run(run_folder, layout, to or run_folder / "export"):
         print(path)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from evalbench.cards import FILES
 from evalbench.durable import write_atomic
 from evalbench.errors import UserError, unknown
 from evalbench.prompts import Prompt, read_prompts
@@ -33,7 +34,7 @@ def export_run(run_folder: Path, layout: str, to: Path) -> Iterator[Path]:
         UserError: unknown layout, or the run did not keep its samples.
     """
     if layout not in LAYOUTS:
-        raise unknown("layout", layout, LAYOUTS)
+        raise unknown("layout", layout, (*LAYOUTS, *FILES))
     store = Store(run_folder)
     prompts = _prompts(store, layout) if layout in ("geneval", "dpg") else ()
     cells = [r for r in store.records() if r.kind == "quality" and r.status == "ok"]

@@ -5,8 +5,9 @@ The judge is its authors' program; nothing of it is here. The file says who judg
     {"evaluator": "geneval", "version": "COMMIT", "log": "results.jsonl", "unit": "fraction",
      "scores": [{"method": "ddim", "nfe": 20, "guidance": 5.0, "seed": 0, "value": 0.5, "n": 2212, "se": 0.01}]}
 
-`log` lies beside the file and its SHA-256 is noted with each score; guidance and seed may be left out where only one cell
-fits. The score then stands in tables and reports as metric `geneval@COMMIT`, marked as imported; it has no verdict.
+`log` lies beside the file and its SHA-256 is noted with each score; guidance and seed may be left out where only one
+cell fits. The score then stands in tables and reports as metric `geneval@COMMIT`, marked as imported; it has no
+verdict.
 """
 
 from __future__ import annotations
