@@ -17,7 +17,7 @@ from _nulls import Case, equally_far, twins
 
 from evalbench.cost.ratio import median_ratio
 from evalbench.looks import frechet_looks, group_sequential, score_sequence
-from evalbench.metrics.differences import MEAN, ROUTES, Difference, Plan
+from evalbench.metrics.differences import MEAN, ROUTES, Difference, Plan, Route
 from evalbench.metrics.estimate import from_influence
 from evalbench.stats import Interval, t_interval
 
@@ -46,9 +46,20 @@ def side(interval: Interval) -> int:
     return int(interval.low > 0) - int(interval.high < 0)
 
 
+# Metrics without a route of their own, by the route that they take (`differences.route_of`).
+LIKE = dict.fromkeys(("fd_to_converged", "fid", "sfid"), "fd") | dict.fromkeys(
+    ("accuracy", "align", "clip", "mode-distance", "reward", "shortfall"), MEAN
+)
+
+
+def route_named(name: str) -> Route:
+    """The route of a metric's name."""
+    return ROUTES[LIKE.get(name, name)]
+
+
 def of_case(case: Case, *, strict: bool = False) -> Null:
     """A pair of `_nulls`."""
-    route = ROUTES[case.route]
+    route = route_named(case.route)
 
     def draw(rng: Generator) -> int:
         return side(route.compute(*case.draw(rng), case.reference).interval)
@@ -61,7 +72,7 @@ def of_rows(route: str, name: str, rows: Callable[[Generator], tuple[Any, ...]],
 
     def draw(rng: Generator) -> int:
         base, new, *plan = rows(rng)
-        return side(ROUTES.get(route, ROUTES[MEAN]).compute(base, new, reference, *plan).interval)
+        return side(route_named(route).compute(base, new, reference, *plan).interval)
 
     return Null(route, name, draw)
 
