@@ -242,7 +242,7 @@ def test_mixed_precision_spares_the_more_sensitive_half() -> None:
 @pytest.mark.parametrize(
     ("kind", "method", "reason"),
     [
-        ("dit", f"ddim+tfmq({SMALL})", "not supported: needs a UNet's time embedding"),
+        ("dit", f"ddim+tfmq({SMALL})", "not supported: needs time features"),
         ("dit", f"ddim+vidit-q({SMALL})+ptq4dm({SMALL})", "not supported: two quantisations in one chain"),
     ],
 )
