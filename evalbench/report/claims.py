@@ -75,7 +75,7 @@ def to_json(rows: Sequence[Row]) -> str:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The Markdown table 'What we observed on exact models', with its legend."""
+    """The Markdown table 'What we observed on embedded models', with its legend."""
     if not rows:
         return "No method states a claim yet.\n"
     lines = [[md_name(row["id"]) + " " + md(row["claim"]["text"]), *map(md, _cells(row))] for row in rows]
@@ -94,7 +94,7 @@ def page(rows: Sequence[Row]) -> str:
     """docs/claims.md: the table, and each claim with its source, seeds and values."""
     head = "<!-- made by `python docs/make.py claims` from results/claims.json; edit the claims instead -->\n"
     method = "".join(f"- {line}\n" for line in _METHOD)
-    parts = [head, "# Claims: what we observed on exact models\n", table(rows), f"## How they are judged\n\n{method}"]
+    parts = [head, "# Claims: what we observed on embedded models\n", table(rows), f"## How they are judged\n\n{method}"]
     for row in rows:
         claim = row["claim"]
         facts = {
