@@ -233,13 +233,13 @@ class CaptionScore(PerSampleScore, Metric[CaptionSums]):
 
     def update(self, parts: Parts) -> CaptionSums:
         scores, cut = self.per_sample(parts), parts[self.needs[0]][:, 1]
-        return CaptionSums(Sums(len(scores), float(scores.sum()), float(scores @ scores)), int(cut.sum()))
+        return CaptionSums(Sums.of(scores, parts), int(cut.sum()))
 
     def per_sample(self, parts: Parts) -> Array:
         return self.scale(rows_of(self.id, parts, self.needs[0])[:, 0].astype(np.float64))
 
     def merge(self, a: CaptionSums, b: CaptionSums) -> CaptionSums:
-        return CaptionSums(_MEAN.merge(a.scores, b.scores), a.cut + b.cut)
+        return CaptionSums(a.scores + b.scores, a.cut + b.cut)
 
     def compute(self, state: CaptionSums, reference: Parts | None, *, allow_small_n: bool = False) -> Value:
         value = _MEAN.compute(state.scores, reference, allow_small_n=allow_small_n)

@@ -2,26 +2,70 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
 
 from evalbench.errors import EvalbenchError
 from evalbench.interfaces import Metric, Parts, Value
-from evalbench.metrics.common import Array, Rows, require_samples, rows_of, scores_of
+from evalbench.metrics.common import Array, Rows, clusters_of, require_samples, rows_of, scores_of
 from evalbench.registry import register
-from evalbench.stats import Z95, Interval, normal_interval, quantile_interval, wilson_interval
+from evalbench.stats import (
+    Z95,
+    Interval,
+    StandardError,
+    normal_interval,
+    quantile_interval,
+    t_interval,
+    wilson_interval,
+)
 
 
 @dataclass(frozen=True)
 class Sums:
-    """n, sum and sum of squares of a score, float64."""
+    """n, sum and sum of squares of a score, float64.
+
+    Attributes:
+        prompts: of each prompt its number, how many samples it has and the sum of their scores, (P, 3); (0, 3) where
+            samples share none.
+    """
 
     n: int
     total: float
     squares: float
+    prompts: Array = field(default_factory=lambda: np.zeros((0, 3)))
+
+    @classmethod
+    def of(cls, scores: Array, parts: Parts) -> Sums:
+        """Those of a chunk's scores (B,)."""
+        rows = [np.stack([of, np.ones(len(of)), scores], axis=1) for of in clusters_of(parts)]
+        return cls(len(scores), float(scores.sum()), float(scores @ scores), _by_prompt(*rows))
+
+    def __add__(self, other: Sums) -> Sums:
+        prompts = _by_prompt(self.prompts, other.prompts)
+        return Sums(self.n + other.n, self.total + other.total, self.squares + other.squares, prompts)
+
+    def error(self) -> StandardError:
+        """Of the mean; the samples of one prompt count as one, by what they differ from it together."""
+        mean, count = self.total / self.n, len(self.prompts)
+        if count < 2:
+            variance = max(0.0, (self.squares - self.n * mean * mean) / (self.n - 1))
+            return StandardError(float(np.sqrt(variance / self.n)), math.inf)
+        gaps = self.prompts[:, 2] - self.prompts[:, 1] * mean
+        return StandardError(float(np.sqrt(count / (count - 1) * (gaps @ gaps))) / self.n, count - 1)
+
+
+def _by_prompt(*blocks: Array) -> Array:
+    """Rows (prompt, samples, sum of scores), one for each prompt."""
+    rows = np.concatenate([np.zeros((0, 3)), *blocks])
+    names, inverse = np.unique(rows[:, 0], return_inverse=True)
+    found = np.zeros((len(names), 3))
+    found[:, 0] = names
+    np.add.at(found[:, 1:], inverse, rows[:, 1:])
+    return found
 
 
 class PerSampleScore:
@@ -42,23 +86,21 @@ class MeanScore(PerSampleScore, Metric[Sums]):
         return (self.arg,)
 
     def update(self, parts: Parts) -> Sums:
-        scores = self.per_sample(parts)
-        return Sums(len(scores), float(scores.sum()), float(scores @ scores))
+        return Sums.of(self.per_sample(parts), parts)
 
     def per_sample(self, parts: Parts) -> Array:
         return scores_of(self.id, parts, self.arg)
 
     def merge(self, a: Sums, b: Sums) -> Sums:
-        return Sums(a.n + b.n, a.total + b.total, a.squares + b.squares)
+        return a + b
 
     def compute(self, state: Sums, reference: Parts | None, *, allow_small_n: bool = False) -> Value:
         n = state.n
         require_samples(self.id, n, 2, "a mean with its error", allow_small_n=False)
-        mean = state.total / n
-        variance = max(0.0, (state.squares - n * mean * mean) / (n - 1))
-        se = float(np.sqrt(variance / n))
-        interval = self.interval(mean, se, n)
-        return Value(mean, n, se, interval.low, interval.high)
+        mean, error = state.total / n, state.error()
+        shared = math.isfinite(error.df)
+        interval = t_interval(mean, error.se, error.df) if shared else self.interval(mean, error.se, n)
+        return Value(mean, n, error.se, interval.low, interval.high)
 
     def interval(self, mean: float, se: float, n: int) -> Interval:
         """95 % interval of the mean."""

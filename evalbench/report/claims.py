@@ -94,7 +94,12 @@ def page(rows: Sequence[Row]) -> str:
     """docs/claims.md: the table, and each claim with its source, seeds and values."""
     head = "<!-- made by `python docs/make.py claims` from results/claims.json; edit the claims instead -->\n"
     method = "".join(f"- {line}\n" for line in _METHOD)
-    parts = [head, "# Claims: what we observed on embedded models\n", table(rows), f"## How they are judged\n\n{method}"]
+    parts = [
+        head,
+        "# Claims: what we observed on embedded models\n",
+        table(rows),
+        f"## How they are judged\n\n{method}",
+    ]
     for row in rows:
         claim = row["claim"]
         facts = {

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
 from evalbench.errors import BadSamples, EvalbenchError, UserError
+from evalbench.metrics.common import CLUSTER
 from evalbench.registry import build_metric
 
 RNG = np.random.default_rng
@@ -120,3 +124,35 @@ def test_refusals():
             paired("paired-median@identity", a, b)
     with pytest.raises(BadSamples, match="'tiny-fashion' is NaN or infinite for 1 of 2 samples"):
         mean_of("align@tiny-fashion", [0.5, np.nan])
+
+
+# --- samples that share a prompt ------------------------------------------------------------------------------------
+
+
+def by_prompt(metric, scores, prompts, cuts=(0,)):
+    """A value from chunks that begin at `cuts`."""
+    edges = [*cuts, len(scores)]
+    states = [metric.update({metric.arg: scores[a:b], CLUSTER: prompts[a:b]}) for a, b in pairwise(edges)]
+    return metric.compute(functools.reduce(metric.merge, states), None)
+
+
+def test_samples_of_one_prompt_count_as_one():
+    """40 prompts of 8: what a prompt does to all of its samples is no independent evidence."""
+    metric, prompts = build_metric("align@tiny-fashion"), np.arange(320) % 40
+    missed, blind = [], []
+    for key in range(400):
+        rng = np.random.default_rng(key)
+        scores = rng.standard_normal(40)[prompts] + 0.3 * rng.standard_normal(320)
+        value = by_prompt(metric, scores, prompts, cuts=(0, 100, 200))
+        alone = metric.compute(metric.update({metric.arg: scores}), None)
+        assert value.value == pytest.approx(alone.value)
+        missed.append(not value.low <= 0 <= value.high)
+        blind.append(not alone.low <= 0 <= alone.high)
+    assert 0.025 <= np.mean(missed) <= 0.08
+    assert np.mean(blind) > 0.3, "the test sees the difference"
+
+
+def test_one_sample_for_each_prompt_is_as_independent_samples():
+    metric, scores = build_metric("align@tiny-fashion"), np.random.default_rng(0).standard_normal(50)
+    alone = metric.compute(metric.update({metric.arg: scores}), None)
+    assert by_prompt(metric, scores, np.arange(50)).se == pytest.approx(alone.se)
