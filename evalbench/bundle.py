@@ -3,7 +3,7 @@
 A zip in the layout of a run folder, so that what is unpacked can be read as one, plus what its numbers rest on:
 
     bundle.json               schema, versions, the digest of every other file
-    manifest.json, records.jsonl, table.csv, timings.csv
+    manifest.json, records.jsonl, imports.jsonl (scores of other programs, if any), table.csv, timings.csv
     cells/CELL.npz            what a cell has one number of per sample; sums of its features; its first images
 
 `verify` holds every file against its digest, makes the table from the records again, and computes anew what scores and
@@ -38,14 +38,14 @@ from evalbench.metrics.persample import MeanScore
 from evalbench.reduce import count_means, counts_in
 from evalbench.report import build_report
 from evalbench.spec import GRID_SAMPLES, Record, Suite, parse_suite
-from evalbench.store import Store
+from evalbench.store import TABLE_OF, Store
 from evalbench.upkeep import table_of
 from evalbench.worker import load_reference
 
 SCHEMA = 1
 SUFFIX = ".evalbench.zip"
 LARGEST = 1 << 30  # bytes of all files of a bundle when unpacked: no run needs more, a zip bomb does
-_PLAIN = ("manifest.json", "records.jsonl", "table.csv", "timings.csv")
+_PLAIN = (*TABLE_OF, "table.csv", "timings.csv")
 _CELL = re.compile(r"cells/[0-9a-f]{8,64}\.npz")
 _DATE = (1980, 1, 1, 0, 0, 0)  # of every entry: a zip's dates say nothing of its content
 _SUMS = ("n", "sum", "outer")
@@ -65,15 +65,15 @@ def pack(run: Path, out: Path) -> Path:
         UserError: not a run folder, or it holds no record. DamagedFile: a chunk is damaged.
     """
     store = Store(run)
-    for name, source in store.manifest()["plugins"].items():  # one's own run: its metrics may be a plug-in's
-        registry.load_plugin(source, name)
+    registry.load_plugins(store.manifest()["plugins"])  # one's own run: its metrics may be a plug-in's
     records = _measured(store)
     if not store.records():
         raise UserError(f"run folder '{run}' holds no record to pack; run `evalbench run` into it first")
     with tempfile.TemporaryDirectory() as folder:
         there = Path(folder)
-        for name in ("manifest.json", "records.jsonl"):
-            (there / name).write_bytes((run / name).read_bytes())
+        for name in TABLE_OF:
+            if (run / name).is_file():
+                (there / name).write_bytes((run / name).read_bytes())
         build_report(Store(there), there / "report", ("csv",))
         for record in records:
             write_npz(there / "cells" / f"{record.cell.id}.npz", _kept(store, record), {"cell": record.cell.id})

@@ -710,11 +710,9 @@ def _print_plan(request: Request, folder: Path, placement: Placement) -> None:
 
 
 def _load_plugins(paths: list[str] | None) -> None:
-    from evalbench.registry import load_plugin, read_plugin
+    from evalbench.registry import load_plugins, read_plugin
 
-    for path in paths or []:
-        name, source = read_plugin(path)
-        load_plugin(source, name)
+    load_plugins(dict(map(read_plugin, paths or [])))
 
 
 def _load_modules(words: list[str] | None) -> None:

@@ -10,17 +10,20 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from evalbench.errors import UserError
+from evalbench.images_in import Seen, blocks, open_source
 from evalbench.interfaces import Cond, Model
 from evalbench.models.data import fashion_test
 from evalbench.noise import NoiseSource
 from evalbench.paths import Path
 from evalbench.predictions import convert
-from evalbench.registry import load_plugin
+from evalbench.registry import load_plugins
 from evalbench.sampling import build
 from evalbench.spec import Suite
+from evalbench.suite_references import images_file
 
 RATIOS = (0.2, 0.5, 1.0, 2.0)  # sigma / alpha of the noised images, whose range is [-1, 1]
 ROWS = 16
@@ -163,8 +166,7 @@ def check_command(suite: Suite, plugins: Mapping[str, str]) -> str:
     Raises:
         UserError: which convention looks wrong, or there are no real images to try.
     """
-    for name, source in plugins.items():
-        load_plugin(source, name)
+    load_plugins(plugins)
     found = check_suite(suite)
     if not found:
         raise UserError(f"suite '{suite.name}' names no real images that are here; see `evalbench suite fetch`")
@@ -173,9 +175,23 @@ def check_command(suite: Suite, plugins: Mapping[str, str]) -> str:
 
 
 def real_images(suite: Suite) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-    """Real images of a suite in [-1, 1], (ROWS, C, H, W), and their labels; None where none are at hand."""
-    if suite.images != "evalbench:fashion-test":
+    """Real images of a suite in [-1, 1], (ROWS, C, H, W), and their labels; None where none are at hand.
+
+    The first ones: a fixed handful. Of a suite with images in the user's cache those that `evalbench suite fetch` put
+    there, whose labels are an array of that name, if any.
+    """
+    if suite.images == "evalbench:fashion-test":
+        images, labels = fashion_test()
+        return _pixels(torch.from_numpy(images[:ROWS])), torch.from_numpy(labels[:ROWS].astype("int64"))
+    file = images_file(suite.images)
+    if not suite.images or not file.is_file():
         return None
-    images, labels = fashion_test()
-    pixels = torch.from_numpy(images[:ROWS]).float() / 127.5 - 1.0  # the first rows: a fixed, mixed handful
-    return pixels, torch.from_numpy(labels[:ROWS].astype("int64"))
+    first = next(blocks(open_source(file), Seen(), ROWS)).images
+    with np.load(file) as arrays:
+        known = torch.from_numpy(arrays["labels"][:ROWS].astype("int64")) if "labels" in arrays else None
+    return _pixels(first), known
+
+
+def _pixels(images: torch.Tensor) -> torch.Tensor:
+    """uint8 images in [-1, 1]."""
+    return images.float() / 127.5 - 1.0

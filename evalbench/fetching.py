@@ -17,6 +17,7 @@ import numpy as np
 from evalbench import prompts
 from evalbench.errors import UserError
 from evalbench.spec import Suite, load_suite
+from evalbench.suite_references import images_file
 from evalbench.weights import UNVERIFIED, cache, check_pinned, local_repository
 
 _CIFAR_ROWS = {"cifar10-train": 50_000, "cifar10-test": 10_000}
@@ -107,11 +108,6 @@ def _download(identifier: str) -> Iterator[str]:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
         target = cache() / "models" / identifier
         raise UserError(f"cannot fetch model '{identifier}' ({reason}); put its folder into {target}") from None
-
-
-def images_file(name: str) -> Path:
-    """Where the images of a split lie: `arr_0` uint8 (N, H, W, C), and `labels`."""
-    return cache() / "images" / f"{name}.npz"
 
 
 # --- CIFAR-10 -------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from pathlib import Path
 from pydantic import Field, ValidationError
 
 from evalbench.errors import UserError
+from evalbench.report import build_report
 from evalbench.spec import Frozen, Imported, MetricValue, Record, validation_line
 from evalbench.store import Store
 
@@ -111,6 +112,7 @@ def _cell_of(score: Score, records: Sequence[Record], where: str) -> Record:
 
 
 def import_command(run: Path, file: Path) -> None:
-    """Import, and say what was added."""
+    """Import, make the tables anew, and say what was added."""
     found = import_scores(run, file)
-    print(f"{len(found)} scores of {found[0].metric} added; `evalbench report {run}` shows them")
+    build_report(Store(run), run / "report", ("csv",))
+    print(f"{len(found)} scores of {found[0].metric} added to {run / 'table.csv'}; `evalbench report {run}` shows them")

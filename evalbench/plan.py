@@ -112,8 +112,7 @@ def make_plan(request: Request) -> Plan:
     Raises:
         UserError: anything wrong with the suite, a method, a metric, or the grid.
     """
-    for name, source in request.plugins.items():
-        registry.load_plugin(source, name)
+    registry.load_plugins(request.plugins)
     worker.check_suite(request.suite)
     if request.suite.model.loader == "module":  # nobody here has seen it
         conventions.check_suite(request.suite)

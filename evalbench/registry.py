@@ -165,6 +165,12 @@ def load_plugin(source: str, filename: str) -> ModuleType:
     return module
 
 
+def load_plugins(sources: Mapping[str, str]) -> None:
+    """Import plug-ins from their texts, by file name; see `load_plugin`."""
+    for filename, source in sources.items():
+        load_plugin(source, filename)
+
+
 def plugin_module(digest: str) -> ModuleType:
     """A plug-in that was loaded, by the SHA-256 of its text.
 

@@ -267,6 +267,8 @@ def request_of(kit: Kit, given: Given) -> Request:
         missing.insert(0, "--model")
     if missing:
         raise UserError(f"kit '{kit.name}' needs {', '.join(missing)}; type: {command(kit)}")
+    if len(given.nfe) > 1 or len(given.guidance) > 1:  # a published number is one cell's
+        raise UserError(f"kit '{kit.name}' measures one cell: give one --nfe and one --guidance")
     request = make_request(
         kit.suite,
         methods=list(dict.fromkeys(method for method, _ in kit.cells(given.nfe))),

@@ -42,8 +42,7 @@ class Setup:
 
 def setup_of(suite: Suite, plugins: Mapping[str, str], variant: Variant | None = None) -> Setup:
     """The model of a suite, loaded once per process; see `build`."""
-    for name, source in plugins.items():
-        registry.load_plugin(source, name)
+    registry.load_plugins(plugins)
     key = suite.model_dump_json(include={"name", "version", "model", "roles", "path", "sampling"})
     key += variant.text if variant else ""
     if key not in _setups:

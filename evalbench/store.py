@@ -30,6 +30,7 @@ from evalbench.errors import DamagedFile, EvalbenchError, UserError
 from evalbench.spec import Chunk, Imported, MetricValue, Record, Suite, content_id, record_from_json
 
 IMPORTS = "imports.jsonl"  # scores of other programs, one a line
+TABLE_OF = ("manifest.json", "records.jsonl", IMPORTS)  # the files of a run folder that its table is made of
 _CHUNK = re.compile(r"(\d+)-(\d+)\.npz")
 
 

@@ -23,6 +23,11 @@ def reference_file(suite: Suite, reference: Reference) -> Path:
     return Path(suite.folder) / reference.file
 
 
+def images_file(name: str) -> Path:
+    """Where the images of a split lie: `arr_0` uint8 (N, H, W, C), and `labels`."""
+    return cache() / "images" / f"{name}.npz"
+
+
 def check_reference_file(suite: Suite, key: str) -> None:
     """Whether the file of a reference is there, and is the one that the suite means.
 
@@ -52,7 +57,7 @@ def why_missing(suite: Suite, key: str) -> str:
     file = reference_file(suite, reference)
     if file.is_file():
         return ""
-    images = cache() / "images" / f"{suite.images}.npz"
+    images = images_file(suite.images)
     line = f"evalbench reference make {images} --features {key} --out {file}"
     return f"suite '{suite.name}': reference '{key}' has not been made; type: {line}" + (
         "" if images.exists() else f" (after: evalbench suite fetch {suite.name})"

@@ -134,8 +134,7 @@ def run_latency(
         A Timing after each piece, and the LatencyResult last.
     """
     environment.prepare_process()
-    for name, source in job.plugins.items():  # a Ray worker that times has loaded none
-        registry.load_plugin(source, name)
+    registry.load_plugins(job.plugins)  # a Ray worker that times has loaded none
     described = environment.describe(environment.pick_device())
     bench = CellBench.of(job)
     found: list[Sitting] = []

@@ -12,7 +12,7 @@ from evalbench.durable import is_temporary, read_npz
 from evalbench.errors import DamagedFile, EvalbenchError
 from evalbench.report import build_report
 from evalbench.spec import Chunk
-from evalbench.store import Store, hold_run
+from evalbench.store import IMPORTS, TABLE_OF, Store, hold_run
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,10 @@ def damages(store: Store) -> Iterator[Damage]:
         store.records()
     except EvalbenchError as error:
         yield Damage(store.folder / "records.jsonl", str(error))
+    try:
+        store.imported()
+    except EvalbenchError as error:
+        yield Damage(store.folder / IMPORTS, str(error))
     for chunk in chunks_in(store):
         try:
             store.read_chunk(chunk)
@@ -66,7 +70,7 @@ def table_of(store: Store) -> bytes:
         EvalbenchError: manifest or records cannot be read.
     """
     with tempfile.TemporaryDirectory() as folder:
-        for name in ("manifest.json", "records.jsonl"):
+        for name in TABLE_OF:
             if (store.folder / name).is_file():
                 shutil.copy(store.folder / name, folder)
         build_report(Store(folder), Path(folder) / "report", ("csv",))

@@ -6,6 +6,8 @@ Written from the repository's interface; not run here, where no clone was at han
 
 import pickle
 
+import torch
+
 from evalbench.models.adapter import Adapter, require_trust, use_clone
 
 
@@ -15,7 +17,7 @@ def load(clone, checkpoint):
     require_trust(checkpoint)
     with open(checkpoint, "rb") as file:
         net = pickle.load(file)["ema"]
-    one_hot = net.label_dim and __import__("torch").eye(net.label_dim)
     shape = (net.img_channels, net.img_resolution, net.img_resolution)
-    call = lambda net, x, sigma, k: net(x, sigma, None if k is None else one_hot.to(x)[k])  # noqa: E731
+    rows = torch.eye(net.label_dim) if net.label_dim else None
+    call = lambda net, x, sigma, k: net(x, sigma, None if k is None else rows.to(x)[k])  # noqa: E731
     return Adapter(net, shape, "edm", "x0", call=call, classes=net.label_dim)
