@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from evalbench.errors import UserError
@@ -178,7 +177,7 @@ def real_images(suite: Suite) -> tuple[torch.Tensor, torch.Tensor | None] | None
     """Real images of a suite in [-1, 1], (ROWS, C, H, W), and their labels; None where none are at hand.
 
     The first ones: a fixed handful. Of a suite with images in the user's cache those that `evalbench suite fetch` put
-    there, whose labels are an array of that name, if any.
+    there, with the classes that stand beside them, if any.
     """
     if suite.images == "evalbench:fashion-test":
         images, labels = fashion_test()
@@ -186,10 +185,9 @@ def real_images(suite: Suite) -> tuple[torch.Tensor, torch.Tensor | None] | None
     file = images_file(suite.images)
     if not suite.images or not file.is_file():
         return None
-    first = next(blocks(open_source(file), Seen(), ROWS)).images
-    with np.load(file) as arrays:
-        known = torch.from_numpy(arrays["labels"][:ROWS].astype("int64")) if "labels" in arrays else None
-    return _pixels(first), known
+    source = open_source(file)
+    first = next(blocks(source, Seen(), ROWS)).images
+    return _pixels(first), None if source.labels is None else torch.tensor(source.labels[: len(first)])
 
 
 def _pixels(images: torch.Tensor) -> torch.Tensor:

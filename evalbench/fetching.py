@@ -16,6 +16,7 @@ import numpy as np
 
 from evalbench import prompts
 from evalbench.errors import UserError
+from evalbench.images_in import ADM_KEY, ADM_LABELS
 from evalbench.spec import Suite, load_suite
 from evalbench.suite_references import images_file
 from evalbench.weights import UNVERIFIED, cache, check_pinned, local_repository
@@ -71,7 +72,7 @@ def _images(suite: Suite, source: Path | None) -> Iterator[str]:
             if source is None or name not in _CIFAR_ROWS:
                 raise UserError(f"images '{name}' belong into {target} (arr_0, uint8 NHWC), or give --from FOLDER")
             images, labels = read_cifar10(source, name)
-            _write_npz(target, arr_0=images, labels=labels)
+            _write_npz(target, **{ADM_KEY: images, ADM_LABELS: labels})
         check_pinned(target, UNVERIFIED)
         yield f"images: {target} ({target.stat().st_size / 2**20:.0f} MiB, licence: {suite.licence})"
 

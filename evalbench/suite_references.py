@@ -24,7 +24,7 @@ def reference_file(suite: Suite, reference: Reference) -> Path:
 
 
 def images_file(name: str) -> Path:
-    """Where the images of a split lie: `arr_0` uint8 (N, H, W, C), and `labels`."""
+    """Where the images of a split lie: `arr_0` uint8 (N, H, W, C), and classes in `arr_1`."""
     return cache() / "images" / f"{name}.npz"
 
 

@@ -210,6 +210,11 @@ def run_serial(wanted: Request, out: Path) -> tuple[list[Record], CountingExecut
     return runner.run(wanted, out, lambda: executor), executor
 
 
+def landed(folder: Path) -> dict[Path, int]:
+    """The chunks of a run folder, and when each was written."""
+    return {file: file.stat().st_mtime_ns for file in folder.glob("chunks/*/*.npz")}
+
+
 def descends(pid: int, ancestor: int) -> bool:
     """Whether a process belongs to this test's Ray, and not to somebody else's on the machine."""
     while pid > 1:

@@ -58,7 +58,7 @@ ARROWS: dict[str, set[str]] = {
     "reduce": {"metrics", "store", "stats"},
     "suite_references": {"spec", "weights"},
     "prompts": {"spec", "weights"},
-    "conventions": {"sampling"},
+    "conventions": {"sampling", "images_in", "suite_references"},
     "compare": {
         "stats",
         "store",

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import pytest
-from support import SLOW, SMALL_CHUNKS, Faults, descends, request, run_serial, small_suite
+from support import SLOW, SMALL_CHUNKS, Faults, descends, landed, request, run_serial, small_suite
 
 from evalbench import runner
 from evalbench.cluster import RayExecutor
@@ -60,10 +60,6 @@ def _children(name: str) -> list[int]:
         except OSError:
             continue
     return found
-
-
-def _landed(folder: Path) -> dict[Path, int]:
-    return {file: file.stat().st_mtime_ns for file in (folder / "chunks").rglob("*.npz")}
 
 
 def test_workers_killed_at_random_moments(tmp_path: Path, undisturbed: bytes, faults: Faults) -> None:
@@ -140,7 +136,7 @@ def _start(command: list[str], errors: Path | None = None) -> subprocess.Popen[b
 def _kill_after_chunks(process: subprocess.Popen[bytes], folder: Path, count: int, how: int) -> None:
     """Let a run land some chunks, then signal its whole group."""
     deadline = time.monotonic() + 120
-    while len(_landed(folder)) < count and process.poll() is None and time.monotonic() < deadline:
+    while len(landed(folder)) < count and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
     if process.poll() is None:
         os.killpg(process.pid, how)
@@ -154,9 +150,9 @@ def test_drivers_killed_at_random_moments(tmp_path: Path, plugin: Path, whole: b
     steps = sorted(rng.sample(range(1, 19), min(TIMES, 18)))
     for step in steps:
         process = _start(_command(folder, plugin, "--serial"))
-        before = _landed(folder)
+        before = landed(folder)
         _kill_after_chunks(process, folder, max(step, len(before) + 1), signal.SIGKILL)
-        after = _landed(folder)
+        after = landed(folder)
         assert {file: after[file] for file in before} == before, f"seed {seed}: a landed chunk was computed again"
         faults("driver killed", process.returncode == -signal.SIGKILL)
     subprocess.run(_command(folder, plugin, "--serial"), check=True, capture_output=True)
@@ -179,7 +175,7 @@ def test_shards_of_a_job_array_killed_at_random(tmp_path: Path, plugin: Path, wh
     rng, folder = random.Random(seed), tmp_path / "array"
     shards = [_start(_command(folder, plugin, "--shard", f"{i}/8", "--lease", "4")) for i in range(1, 9)]
     deadline = time.monotonic() + 120
-    while not _landed(folder) and time.monotonic() < deadline:
+    while not landed(folder) and time.monotonic() < deadline:
         time.sleep(0.02)
     for victim in rng.sample(shards, min(TIMES, 7)):
         time.sleep(rng.uniform(0.0, 0.3))
@@ -246,10 +242,10 @@ def test_two_drivers_at_once(tmp_path: Path, plugin: Path, whole: bytes, faults:
         if 2 in codes:
             assert "another evalbench is writing" in errors[codes.index(2)].read_text()
             faults("second driver refused")
-        landed = _landed(folder)
+        then = landed(folder)
         again = subprocess.run(_command(folder, plugin, "--serial"), capture_output=True)
         assert again.returncode == 0
-        assert _landed(folder) == landed, "the same command again computes nothing"
+        assert landed(folder) == then, "the same command again computes nothing"
         assert (folder / "table.csv").read_bytes() == whole, f"seed {seed}"
         assert len((folder / "records.jsonl").read_text().splitlines()) == 2, "each cell is recorded once"
 
@@ -262,21 +258,30 @@ def test_damaged_chunks_are_named_and_computed_again(
     seed = random.SystemRandom().randrange(1000)
     rng, folder = random.Random(seed), tmp_path / "r"
     subprocess.run(_command(folder, plugin, "--serial"), check=True, capture_output=True)
-    victims = rng.sample(sorted(_landed(folder)), min(TIMES, 20))
+    victims = rng.sample(sorted(landed(folder)), min(TIMES, 20))
     for victim in victims:
         content = bytearray(victim.read_bytes())
         if damage == "deleted":
             victim.unlink()
             continue
-        place = rng.randrange(len(content))
+        if damage == "truncated":
+            victim.write_bytes(content[: rng.randrange(len(content))])
+            continue
+        place = content.index(b"\x93NUMPY") + rng.randrange(128)  # of an array: a zip's own dates may be anything
         content[place] ^= 1 << rng.randrange(8)
-        victim.write_bytes(content if damage == "flipped" else content[:place])
-    before = _landed(folder)
+        victim.write_bytes(content)
+    before = landed(folder)
     (folder / "records.jsonl").unlink()
     (folder / "table.csv").unlink()
     ended = subprocess.run(_command(folder, plugin, "--serial"), capture_output=True)
     assert ended.returncode == 0, f"seed {seed}: {ended.stderr.decode()}"
-    after = _landed(folder)
+    after = landed(folder)
+    assert all(after[victim] != before.get(victim) for victim in victims), f"seed {seed}: computed again"
+    if damage != "deleted":
+        said = ended.stderr.decode()
+        assert all(f"{victim.parent.name}/{victim.name} is damaged" in said for victim in victims), (
+            f"seed {seed}: {said}"
+        )
     untouched = before.keys() - set(victims)
     assert {file: after[file] for file in untouched} == {file: before[file] for file in untouched}
     assert (folder / "table.csv").read_bytes() == whole, f"seed {seed}"
@@ -295,12 +300,12 @@ def test_a_full_disk_stops_the_run_and_it_resumes(tmp_path: Path, plugin: Path, 
         ended = subprocess.run(_command(small / "r", plugin, "--serial"), capture_output=True)
         assert ended.returncode == 4
         assert b"disk full while writing" in ended.stderr
-        landed = _landed(small / "r")
+        kept = landed(small / "r")
         (small / "filler").unlink()
         shutil.copytree(small / "r", tmp_path / "r")
     finally:
         subprocess.run(["umount", str(small)], check=True)
     subprocess.run(_command(tmp_path / "r", plugin, "--serial"), check=True, capture_output=True)
-    assert landed
+    assert kept
     assert (tmp_path / "r" / "table.csv").read_bytes() == whole
     faults("disk full")

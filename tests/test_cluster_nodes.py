@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from ray.cluster_utils import Cluster
-from support import SLOW, SMALL_CHUNKS, Faults
+from support import SLOW, SMALL_CHUNKS, Faults, landed
 
 from evalbench.store import Store
 
@@ -52,10 +52,6 @@ def ran(words: list[str]) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def landed(folder: Path) -> int:
-    return len(list(folder.glob("chunks/*/*.npz")))
-
-
 def raylet(node: Any) -> int:
     return int(node.all_processes["raylet"][0].process.pid)
 
@@ -74,16 +70,17 @@ def classes(folder: Path) -> dict[str, set[str]]:
 def test_nodes_are_killed_and_join_while_a_run_goes_on(cluster: Cluster, tmp_path: Path, faults: Faults) -> None:
     """SIGKILL of the second node's raylet at random moments, each time a node joins; the table is that of serial."""
     seed = random.SystemRandom().randrange(1000)
-    rng, folder, killed = random.Random(seed), tmp_path / "r", 0
+    rng, folder, killed, before = random.Random(seed), tmp_path / "r", 0, {}
     node = cluster.add_node(**HERE)
     with subprocess.Popen(command(folder, tmp_path, "--address", cluster.address), stderr=subprocess.PIPE) as running:
         try:
             for step in sorted(rng.sample(range(2, 30), TIMES)):
                 deadline = time.monotonic() + 300
-                while landed(folder) < step and running.poll() is None and time.monotonic() < deadline:
+                while len(landed(folder)) < step and running.poll() is None and time.monotonic() < deadline:
                     time.sleep(0.05)
                 if running.poll() is not None:
                     break
+                before |= landed(folder)
                 os.kill(raylet(node), signal.SIGKILL)
                 killed += 1
                 node = cluster.add_node(**HERE)
@@ -92,7 +89,8 @@ def test_nodes_are_killed_and_join_while_a_run_goes_on(cluster: Cluster, tmp_pat
             running.kill()
     faults("raylet killed", killed)
     assert running.returncode == 0, f"seed {seed}: {errors.decode()}"
-    assert killed, f"seed {seed}"
+    assert killed == TIMES, f"seed {seed}"
+    assert before.items() <= landed(folder).items(), f"seed {seed}: what had landed was computed again"
     ran(command(tmp_path / "whole", tmp_path, "--serial"))
     assert (folder / "table.csv").read_bytes() == (tmp_path / "whole" / "table.csv").read_bytes(), f"seed {seed}"
 
@@ -116,3 +114,11 @@ def test_a_mixed_cluster_computes_a_cell_in_one_class_and_times_where_it_is_told
         devices = {record.environment["device"] for record in Store(out).records() if record.kind == "latency"}
         assert len(devices) == 1
         assert capability in devices.pop()
+
+
+def test_a_run_without_an_address_has_a_ray_of_its_own(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the environment names somebody's cluster."""
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+    ran(command(tmp_path / "r", tmp_path, "--workers", "2"))  # more than that cluster has

@@ -7,11 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from evalbench import fetching
+from evalbench.conventions import real_images
 from evalbench.errors import UserError
-from evalbench.fetching import fetch_suite, images_file, read_cifar10
+from evalbench.fetching import fetch_suite, read_cifar10
+from evalbench.spec import load_suite
+from evalbench.suite_references import images_file
 
 ROWS = {"cifar10-train": 10, "cifar10-test": 2}
 
@@ -47,7 +51,7 @@ def test_a_fetch_keeps_what_it_got_and_names_what_is_lacking(archive):
     assert "\n" not in str(caught.value)
     with np.load(images_file("cifar10-test")) as found:
         assert found["arr_0"].shape == (2, 32, 32, 3)
-        assert found["labels"].tolist() == [3, 4]
+        assert found["arr_1"].tolist() == [3, 4]
     assert images_file("cifar10-train").with_name("cifar10-train.npz.sha256").is_file()
     assert not list(images_file("cifar10-test").parent.glob(".*"))  # nothing half-written
     before = images_file("cifar10-test").stat().st_mtime_ns
@@ -71,3 +75,14 @@ def test_licence_and_source_come_first(archive, monkeypatch):
     assert "djghosh13/geneval" in next(fetched)
     with pytest.raises(UserError, match=r"geneval_evaluation_metadata\.jsonl .*stable-diffusion-xl-base"):
         list(fetched)
+
+
+def test_fetched_images_serve_the_check_of_conventions(archive):
+    suite = load_suite("cifar10")
+    assert real_images(suite) is None
+    with pytest.raises(UserError):  # the model is lacking, the images are not
+        list(fetch_suite("cifar10", archive))
+    pixels, labels = real_images(suite)
+    images, classes = read_cifar10(archive, "cifar10-train")
+    assert torch.equal(pixels, torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1)
+    assert labels.tolist() == classes.tolist()

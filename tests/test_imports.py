@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import pytest
 from support import request, run_serial, small_suite
 
 import evalbench
+from evalbench.bundle import check, pack
 from evalbench.errors import UserError
-from evalbench.imports import import_scores
+from evalbench.imports import import_command, import_scores
 from evalbench.report import build_report
 from evalbench.store import Store
+from evalbench.upkeep import verify_command
 
 
 @pytest.fixture
@@ -51,6 +54,20 @@ def test_a_score_stands_in_the_table_and_says_where_it_comes_from(run: Path) -> 
     report = build_report(Store(run), run / "report", ("md", "html"))
     assert "geneval@abc123" in report["md"].read_text()
     assert all("geneval@abc123" not in record.metrics for record in Store(run).records()), "records stay as measured"
+
+
+def test_the_table_is_made_anew_and_holds_in_verify_and_in_a_bundle(run: Path, capsys: Any) -> None:
+    build_report(Store(run), run / "report", ("csv",))
+    import_command(run, scores(run, ONE))
+    assert "geneval@abc123" in (run / "table.csv").read_text().splitlines()[0]
+    assert verify_command(run, repair=False) == 0, capsys.readouterr().out
+    bundle = pack(run, run.with_suffix(".zip"))
+    assert check(bundle).wrong == ()
+    with zipfile.ZipFile(bundle) as archive:
+        assert b"geneval@abc123" in archive.read("table.csv")
+    (run / "imports.jsonl").write_text("{")
+    assert verify_command(run, repair=False) == 4
+    assert "imports.jsonl cannot be read" in capsys.readouterr().out
 
 
 def test_a_second_import_replaces_the_first_and_a_resumed_run_keeps_it(run: Path) -> None:

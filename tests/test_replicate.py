@@ -96,6 +96,8 @@ def test_a_cell_that_was_not_measured_says_so() -> None:
         ("edm-cifar10", Given(), "needs --model; type: evalbench replicate edm-cifar10 --model"),
         ("mlperf-sdxl", Given(nfe=(20,)), "needs --guidance; type"),
         ("dit-xl-256", Given(), "needs --nfe; type"),
+        ("dit-xl-256", Given(nfe=(10, 20)), "measures one cell: give one --nfe"),
+        ("mlperf-sdxl", Given(nfe=(20,), guidance=(5.0, 8.0)), "measures one cell"),
     ],
 )
 def test_what_a_kit_needs_is_asked_for_in_one_line(name: str, given: Given, says: str) -> None:
