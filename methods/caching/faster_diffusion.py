@@ -47,6 +47,7 @@ def _claim(text: str, baseline: str, effect: float, *, baseline_nfe: int = 0, au
         nfe=50,
         baseline_nfe=baseline_nfe,
         metric="paired-median@pixels",
+        samples=128,
         direction="lower",
         effect=effect,
         level="E",

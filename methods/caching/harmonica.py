@@ -47,6 +47,7 @@ def _claim(text: str, baseline: str, effect: float, *, baseline_nfe: int = 0) ->
         nfe=20,
         baseline_nfe=baseline_nfe,
         metric="fd@fashion64",
+        samples=512,
         direction="lower",
         effect=effect,
         level="E",

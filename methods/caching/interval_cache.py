@@ -23,6 +23,7 @@ CLAIM = Claim(
     nfe=20,
     baseline_nfe=10,
     metric="paired-median@pixels",
+    samples=128,
     direction="higher",
     effect=0.05,
     level="E",

@@ -21,6 +21,7 @@ CLAIM = Claim(
     nfe=20,
     baseline_nfe=15,
     metric="paired-median@pixels",
+    samples=128,
     direction="higher",
     effect=0.1,
     level="E",

@@ -74,6 +74,7 @@ CLAIM = Claim(
     nfe=7,
     baseline_nfe=4,
     metric="fd@fashion64",
+    samples=512,
     direction="lower",
     effect=0.1,
     level="E",

@@ -66,6 +66,7 @@ def _claim(text: str, arm_nfe: int, direction: Literal["lower", "higher"], effec
         baseline="ddim",
         nfe=arm_nfe,
         metric="fd@fashion64",
+        samples=512,
         direction=direction,
         effect=effect,
         level="E",

@@ -66,6 +66,7 @@ def _layers_claim(text: str, baseline: str, *, baseline_nfe: int = 0) -> Claim:
         nfe=10,
         baseline_nfe=baseline_nfe,
         metric="fd@fashion64",
+        samples=512,
         direction="lower",
         effect=0.1,
         level="E",
