@@ -112,8 +112,8 @@ def check(suite: Suite, shape: tuple[int, ...], *, gaussian: bool = True) -> Non
 
 def _conditions(suite: Suite) -> int:
     """How many different conditions samples have."""
-    prompts = suite.conditions.prompts
-    return prompts.rows if prompts else max(1, suite.conditions.classes)
+    given = suite.conditions
+    return given.prompts.rows if given.prompts else given.classes if given.labels == "cyclic" else 1
 
 
 def repeats(suite: Suite, shape: tuple[int, ...], indices: Iterable[int]) -> list[bool]:
