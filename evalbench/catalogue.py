@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from typing import Any
 
-from evalbench import prompts, registry
+from evalbench import prompts, registry, starts
 from evalbench.errors import UserError
 from evalbench.interfaces import ExtractorFamily
 from evalbench.spec import Suite, load_suite, suite_names
@@ -40,6 +40,7 @@ def suite_missing(suite: Suite) -> str:
             reasons.append(str(error))
     if suite.conditions.prompts is not None:
         reasons.append(prompts.missing(suite.conditions.prompts))
+    reasons.append(starts.missing(suite))
     metrics = [registry.build_metric(name) for name in suite.metrics.names]
     usable = [metric for metric in metrics if not any(map(_features_missing, metric.needs))]
     reasons += [why_missing(suite, metric.reference_key) for metric in usable]

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from evalbench import prompts
+from evalbench import prompts, starts
 from evalbench.errors import UserError
 from evalbench.images_in import ADM_KEY, ADM_LABELS
-from evalbench.spec import Suite, load_suite
+from evalbench.spec import Suite, load_suite, noise_file
 from evalbench.suite_references import images_file
 from evalbench.weights import UNVERIFIED, cache, check_pinned, local_repository
 
@@ -38,7 +38,7 @@ def fetch_suite(name: str, source: Path | None = None) -> Iterator[str]:
     (cache() / "references").mkdir(parents=True, exist_ok=True)  # where `evalbench reference make` will write
     yield f"{name}: data of {suite.source or 'the package'}; licence: {suite.licence or 'see NOTICE'}"
     lacking = []
-    for step in (_prompts, _images, _model):
+    for step in (_prompts, _starts, _images, _model):
         try:
             yield from step(suite, source)
         except UserError as error:
@@ -59,6 +59,21 @@ def _prompts(suite: Suite, source: Path | None) -> Iterator[str]:
         _copy(found, target)
     prompts.read_prompts(wanted)
     yield f"prompts: {target} ({wanted.rows} prompts, licence {wanted.licence})"
+
+
+def _starts(suite: Suite, source: Path | None) -> Iterator[str]:
+    wanted = noise_file(suite.sampling.noise)
+    if wanted is None:
+        return
+    target = starts.start_file(wanted)
+    if not target.is_file() and source is not None:
+        found = next(iter(sorted(source.rglob(wanted.name))), None)
+        if found is not None:
+            _copy(found, target)
+    if why := starts.missing(suite):
+        raise UserError(why)
+    check_pinned(target, wanted.sha256)
+    yield f"noise: {target}"
 
 
 def _images(suite: Suite, source: Path | None) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 NumPy's Philox with key = (seed, sample) and counter = (0, 0, use, step); normals are drawn in float64 on the CPU and
 cast. So chunk order, position in a batch, worker count and methods that draw different amounts cannot change another
-draw, and all methods stay paired (design, section 5).
+draw, and all methods stay paired (design, section 5). x_T alone may come from elsewhere (`Start`, evalbench.starts).
 """
 
 from __future__ import annotations
@@ -10,10 +10,13 @@ from __future__ import annotations
 import math
 import zlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+
+# (run seed, global sample index, shape of a sample) -> unit normals behind its x_T, float32 on the CPU
+Start = Callable[[int, int, tuple[int, ...]], torch.Tensor]
 
 START = 0  # the use code of x_T; every other use is named by a word
 
@@ -62,6 +65,7 @@ class NoiseSource:
         shape: shape of one sample, without the batch dimension.
         dtype: dtype of what is returned; draws are float64 before the cast.
         device: where the tensors go. stream: keeps candidates of one sample apart; empty for the first.
+        origin: where x_T comes from, of the first candidate alone; None is Philox, as for every other use.
     """
 
     def __init__(
@@ -72,27 +76,32 @@ class NoiseSource:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         stream: str = "",
+        origin: Start | None = None,
     ) -> None:
         self.seed, self.samples, self.shape = int(seed), [int(i) for i in samples], tuple(shape)
-        self.dtype, self.device, self.stream = dtype, torch.device(device), stream
+        self.dtype, self.device, self.stream, self.origin = dtype, torch.device(device), stream, origin
         self._philox = Philox()
         self._size = math.prod(self.shape)
         self._nodes: OrderedDict[int, np.ndarray] = OrderedDict()
 
     def at(self, samples: Sequence[int], seed: int | None = None) -> NoiseSource:
         """The numbers of other samples, or of another seed: what a method that chooses its noise draws from."""
-        return NoiseSource(
-            self.seed if seed is None else seed, samples, self.shape, self.dtype, self.device, self.stream
-        )
+        seed = self.seed if seed is None else seed
+        return NoiseSource(seed, samples, self.shape, self.dtype, self.device, self.stream, self.origin)
 
     def candidate(self, k: int) -> NoiseSource:
         """The k-th independent source of the same samples; 0 is this one. For searches over noise."""
         stream = f"{self.stream}/{k}" if k else self.stream
-        return NoiseSource(self.seed, self.samples, self.shape, self.dtype, self.device, stream)
+        return NoiseSource(self.seed, self.samples, self.shape, self.dtype, self.device, stream, self.origin)
 
     def start(self) -> torch.Tensor:
         """The unit normals behind x_T, (B, *shape)."""
-        return self._cast(self._draw(self._code("start") if self.stream else START, 0))
+        if self.stream:
+            return self._cast(self._draw(self._code("start"), 0))
+        if self.origin is not None:
+            rows = [self.origin(self.seed, i, self.shape) for i in self.samples]
+            return torch.stack(rows).to(dtype=self.dtype).to(self.device)
+        return self._cast(self._draw(START, 0))
 
     def uniform(self, use: str, step: int = 0) -> torch.Tensor:
         """Fresh uniform numbers in [0, 1) for a named use at a step, (B, *shape)."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from evalbench import conventions, registry, sampling, worker
+from evalbench import conventions, registry, sampling, starts, worker
 from evalbench.cost.budget import BudgetUnit
 from evalbench.errors import UserError
 from evalbench.interfaces import Metric
@@ -50,7 +50,8 @@ class Plan:
     """Cells to measure, and the fine solutions that their paired metrics need.
 
     Attributes:
-        metrics: what can be computed here. unavailable: the other metrics asked for, by id, with the reason.
+        request: with a file of starts known by its digest. metrics: what can be computed here.
+        unavailable: the other metrics asked for, by id, with the reason.
     """
 
     request: Request
@@ -114,6 +115,7 @@ def make_plan(request: Request) -> Plan:
     """
     registry.load_plugins(request.plugins)
     worker.check_suite(request.suite)
+    request = replace(request, suite=starts.pinned(request.suite))
     if request.suite.model.loader == "module":  # nobody here has seen it
         conventions.check_suite(request.suite)
     metrics = tuple(registry.build_metric(metric) for metric in request.metrics)
@@ -130,6 +132,7 @@ def make_plan(request: Request) -> Plan:
     for seed in request.seeds:
         if seed < 0:
             raise UserError(f"--seeds {seed}: a seed is 0 or more")
+    starts.check_seeds(request.suite.sampling, request.seeds)
     cells = {
         cell.id: cell
         for seed in request.seeds

@@ -101,7 +101,7 @@ class _Whole:
         if digests and len(digests) != chunk.stop - chunk.start:
             raise BadSamples(f"{len(digests)} samples stand for samples {chunk.start}-{chunk.stop - 1}")
         for i, digest in enumerate(digests, chunk.start):
-            if self._first.setdefault(digest, i) != i:
+            if digest and self._first.setdefault(digest, i) != i:  # none: planned to repeat an earlier sample
                 raise BadSamples(f"sample {i} is a copy of sample {self._first[digest]}")
 
 

@@ -19,7 +19,19 @@ from pydantic import Field, ValidationError
 
 from evalbench.errors import UserError, unknown
 from evalbench.published import Published, published
-from evalbench.spec import Frozen, ModelSpec, PathSpec, Reference, Suite, load_suite, validation_line
+from evalbench.spec import (
+    PHILOX,
+    Frozen,
+    ModelSpec,
+    Noise,
+    PathSpec,
+    Reference,
+    Suite,
+    load_suite,
+    noise_file,
+    noise_words,
+    validation_line,
+)
 
 if TYPE_CHECKING:
     from evalbench.runner import Request
@@ -38,7 +50,8 @@ class Kit(Frozen):
         tables: ids in results/published/ whose cells are measured; empty where our sources have none.
         suite: what is run; empty for a kit that scores given `images`. network: interface of its network, for the
             stand-in: `edm`, `text` or `labels`. adapter: `--model` of the real run; empty where the suite's own is run.
-        reference, noise: what the numbers refer to and are drawn from, in words.
+        reference: what the numbers refer to, in words. noise: where x_T comes from; empty is the suite's.
+        noise_limit: in what it is not the source's, in words.
         metrics: ids here by the published name, where a table has none. methods: of a kit whose table names none.
         needs: options that the sources do not state, and the user must give. grid, final: of the time steps.
     """
@@ -51,7 +64,8 @@ class Kit(Frozen):
     network: Literal["", "edm", "text", "labels"] = ""
     adapter: str = ""
     reference: str
-    noise: str
+    noise: Literal[""] | Noise = ""
+    noise_limit: str = ""
     seeds: tuple[int, ...]
     metrics: dict[str, str] = Field(default_factory=dict)
     methods: tuple[str, ...] = ()
@@ -123,7 +137,7 @@ def load_kit(name: str) -> Kit:
 def describe(kit: Kit) -> Iterator[str]:
     """Lines: the kit, its protocol, the accepted values, the cost, the line to type."""
     yield f"{kit.name}: {kit.summary}"
-    yield f"reference: {kit.reference}; noise: {kit.noise}"
+    yield f"reference: {kit.reference}; noise: {_noise(kit)}"
     numbers = kit.numbers()
     conventions = dict.fromkeys((one.origin, one.table.nfe_convention or "none") for one in numbers)
     yield from (f"source: {origin}; NFE: {convention}" for origin, convention in conventions)
@@ -136,6 +150,13 @@ def describe(kit: Kit) -> Iterator[str]:
     if kit.suite:
         yield _cost(kit)
     yield f"to run it: {command(kit)}"
+
+
+def _noise(kit: Kit) -> str:
+    if not kit.suite:
+        return "none: the samples are given"
+    said = noise_words(kit.noise or load_suite(kit.suite).sampling.noise)
+    return f"{said}; {kit.noise_limit}" if kit.noise_limit else said
 
 
 def command(kit: Kit) -> str:
@@ -180,12 +201,15 @@ def _build_metric(metric: str) -> None:
 
 
 def _dry_cells(kit: Kit) -> Iterator[str]:
-    from evalbench import registry
+    from evalbench import registry, starts
     from evalbench.cost.ledger import Ledger
     from evalbench.plan import make_cell
     from evalbench.sampling import conditions, images_of, sample, setup_of
 
     suite, plugins = _stand_in(kit)
+    if file := noise_file(suite.sampling.noise):  # of the real network's shape
+        yield f"dry run: philox stands in for {file.name}; {starts.missing(suite) or 'the file is there'}"
+        suite = suite.override(noise=PHILOX)
     setup = setup_of(suite, plugins)
     indices = range(_ROWS)
     for method, nfe in kit.cells([_DRY_NFE]):
@@ -212,8 +236,8 @@ def _stand_in(kit: Kit) -> tuple[Suite, dict[str, str]]:
 
 
 def _protocol(kit: Kit, suite: Suite) -> Suite:
-    """The suite with the kit's time steps."""
-    suite = suite.override(grid=kit.grid or None, samples=_samples(kit, suite))
+    """The suite with the kit's time steps and noise."""
+    suite = suite.override(grid=kit.grid or None, noise=kit.noise or None, samples=_samples(kit, suite))
     if kit.final:
         suite = suite.model_copy(update={"path": PathSpec(kind=kit.network, options={"final": kit.final})})
     return suite

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from evalbench import environment, registry, sampling, shards, status, worker
+from evalbench import environment, registry, sampling, shards, starts, status, worker
 from evalbench.artifacts import Artifacts
 from evalbench.cost.variants import Variant
 from evalbench.errors import BadSamples, EvalbenchError
@@ -72,6 +72,7 @@ def run(
         The latest record of every cell of this request, quality first, then latency.
     """
     plan = make_plan(request)
+    request = plan.request
     with (
         open_run(out, request.suite, request.plugins, shared=shard is not None) as store,
         shards.claims_of(store.folder, shard, policy or Policy()) as claims,
@@ -438,6 +439,7 @@ class _Loop:
             "solution": suite.solution.model_dump() if suite.solution else None,
             "features": self._protocol_features,
             "allow_small_n": self.plan.request.allow_small_n,
+            **starts.facts(suite.sampling.noise),
         }
 
     @cached_property

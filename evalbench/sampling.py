@@ -23,6 +23,7 @@ from evalbench.paths import grid, make_path
 from evalbench.prompts import read_prompts
 from evalbench.registry import Chain
 from evalbench.spec import Cell, ModelSpec, Suite
+from evalbench.starts import origin_of
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 MEASUREMENTS = 0  # the seed of an inverse problem's measurements: the same problem in every cell
@@ -140,7 +141,8 @@ def sample(setup: Setup, chain: Chain, cell: Cell, indices: Sequence[int], cond:
         Unsupported: the model lacks a capability the method requires.
         BudgetExceeded: the method spent more than the cell's budget.
     """
-    noise = NoiseSource(cell.seed, indices, setup.model.shape, setup.dtype, setup.device)
+    origin = origin_of(setup.suite.sampling.noise, setup.model.shape)
+    noise = NoiseSource(cell.seed, indices, setup.model.shape, setup.dtype, setup.device, origin=origin)
     setup.door.ledger = ledger
     field = Field(wrapped(setup.door, chain, cell.guidance), ledger)
     x_T = setup.model.start(noise, setup.path)

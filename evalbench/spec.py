@@ -11,7 +11,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from evalbench.errors import EvalbenchError, UserError, unknown
 
@@ -30,6 +31,46 @@ def content_id(content: Any, length: int = 16) -> str:
     """Hash of JSON-able content: the same for equal content on any machine."""
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:length]
+
+
+# --- noise ----------------------------------------------------------------------------------------------------------
+
+PHILOX = "philox"
+NOISES = (PHILOX, "edm", "diffusers-cpu", "file:NAME@SHA256")
+_NOISE_FILE = re.compile(rf"file:({_NAME.pattern}\.(?:npy|npz|pt|safetensors))@([0-9a-f]{{64}}|unverified)")
+
+
+class NoiseFile(NamedTuple):
+    """A file of starts: its name in the folder `noise` of EVALBENCH_CACHE, and its SHA-256 or `unverified`."""
+
+    name: str
+    sha256: str
+
+
+def noise_file(noise: str) -> NoiseFile | None:
+    """The file that a noise names; None for the other kinds."""
+    match = _NOISE_FILE.fullmatch(noise)
+    return NoiseFile(*match.groups()) if match else None
+
+
+def noise_words(noise: str) -> str:
+    """A noise for readers: generators of other projects with the device that they are drawn on here."""
+    file = noise_file(noise)
+    if file is not None:
+        return f"{file.name} (SHA-256 {file.sha256[:12]})"
+    return "edm (drawn on the CPU)" if noise == "edm" else noise
+
+
+def _known_noise(noise: str) -> str:
+    if noise in NOISES[:-1] or noise_file(noise):
+        return noise
+    why = str(unknown("noise", noise, NOISES))
+    if noise.startswith("file"):
+        why = f"write {NOISES[-1]} or file:NAME@unverified, NAME ending in .npy, .npz, .pt or .safetensors"
+    raise PydanticCustomError("noise", "{why}", {"why": why})
+
+
+Noise = Annotated[str, AfterValidator(_known_noise)]
 
 
 # --- suite ----------------------------------------------------------------------------------------------------------
@@ -101,13 +142,16 @@ class Conditions(Frozen):
 
 
 class Sampling(Frozen):
-    """How many samples and how they are drawn; all but `samples`, `nfe` and `seeds` change a sample's bits."""
+    """How many samples and how they are drawn; all but `samples`, `nfe` and `seeds` change a sample's bits.
+
+    `noise` is where x_T comes from: `philox`, or the convention of a published protocol, see `evalbench.starts`.
+    """
 
     samples: int = Field(gt=0)
     batch: int = Field(gt=0)
     chunk: int = Field(gt=0)
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = (0,)
-    noise: Literal["philox"] = "philox"
+    noise: Noise = PHILOX
     dtype: Literal["float32", "float64"] = "float32"
     grid: Literal["time", "quadratic", "logsnr", "karras"] = "logsnr"
     nfe: tuple[Annotated[int, Field(gt=0)], ...] = (5, 10, 20)
@@ -318,7 +362,7 @@ def validation_line(error: ValidationError, where: str, model: type[BaseModel]) 
         return str(unknown("key", place, _keys(model, first["loc"]), where=where))
     if first["type"] == "missing":
         return f"{where}: key '{place}' is missing"
-    return f"{where}: {place} = {first['input']!r}: {first['msg'].lower()}"
+    return f"{where}: {place} = {first['input']!r}: {first['msg'][:1].lower()}{first['msg'][1:]}"
 
 
 def _keys(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:

@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-from evalbench import environment, registry, sampling
+from evalbench import environment, registry, sampling, starts
 from evalbench.cost.ledger import Ledger
 from evalbench.errors import BadSamples, Unsupported, UserError, some
 from evalbench.interfaces import Artifact, Cond, Extractor, Model, Parts, SampleBatch
@@ -32,6 +32,7 @@ from evalbench.spec import GRID_SAMPLES, Cell, Chunk, Failure, Suite
 from evalbench.suite_references import check_reference_file, read_reference, why_missing
 
 _DIGEST = "digest"  # the array of a batch that becomes a fact of the chunk
+_REPEAT = np.uint64(0)  # in place of the digest of a sample that is planned to repeat another
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ def _run_chunk(job: Job) -> ChunkResult:
     arrays = _compute(job, setup, extractors)
     digests = arrays.pop(_DIGEST, np.array([], np.uint64))
     facts = {
-        "digests": [f"{digest:016x}" for digest in digests.tolist()],
+        "digests": ["" if digest == _REPEAT else f"{digest:016x}" for digest in digests.tolist()],
         "seconds": time.perf_counter() - started,
         "environment": environment.describe(setup.device),
         "features": {name: registry.extractor_fingerprint(name) for name in job.parts},
@@ -227,13 +228,14 @@ def _batch(
     x = sample(setup, chain, job.cell, indices, cond, ledger)
     decoded = decoded_of(setup.model, x)
     batch = SampleBatch(x, None if decoded is None else to_uint8(decoded), cond, setup.model)
-    _check(batch, decoded, indices[:keep])
+    repeated = starts.repeats(job.suite, setup.model.shape, indices[:keep])
+    _check(batch, decoded, indices[:keep], repeated)
     with torch.no_grad():
         arrays = {name: extract(batch)[:keep].cpu().numpy() for name, extract in extractors.items()}
     for name, rows in arrays.items():
         _check_features(name, rows, indices[:keep])
     if batch.images is not None:
-        arrays[_DIGEST] = _digests(x[:keep])
+        arrays[_DIGEST] = np.where(repeated, _REPEAT, _digests(x[:keep]))
     return (
         arrays
         | _counts(ledger, keep)
@@ -242,13 +244,15 @@ def _batch(
     )
 
 
-def _check(batch: SampleBatch, decoded: torch.Tensor | None, ids: Sequence[int]) -> None:
-    """A bad sample is an error of the cell that names it, never silently dropped."""
-    x = batch.x[: len(ids)]
+def _check(batch: SampleBatch, decoded: torch.Tensor | None, ids: Sequence[int], repeated: Sequence[bool]) -> None:
+    """A bad sample is an error of the cell that names it, never silently dropped; a planned repeat may be a copy."""
     if batch.images is None or decoded is None:
-        check_finite(x, ids)
-    else:
-        check_images(batch.images[: len(ids)], x, decoded=decoded[: len(ids)], ids=ids)
+        check_finite(batch.x[: len(ids)], ids)
+        return
+    own = [row for row, again in enumerate(repeated) if not again]
+    for rows in (own, *([row] for row, again in enumerate(repeated) if again)):
+        if rows:
+            check_images(batch.images[rows], batch.x[rows], decoded=decoded[rows], ids=[ids[row] for row in rows])
 
 
 def _check_features(name: str, rows: np.ndarray, ids: Sequence[int]) -> None:
@@ -305,6 +309,7 @@ def check_suite(suite: Suite) -> None:
         each.check()
     noise_path(suite, model)
     _check_conditions(suite, model)
+    starts.check(suite, model.shape, gaussian=type(model).start is Model.start)
     for key, reference in suite.references.items():
         if reference.model or why_missing(suite, key):  # what a metric then lacks, the plan says
             continue

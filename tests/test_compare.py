@@ -428,7 +428,7 @@ def replaced(path: str, value: Any) -> Callable[[dict[str, Any]], dict[str, Any]
         ),
         ("protocol_facts/generation/path", None, "protocol differs in generation.path"),
         ("protocol_facts/generation/conditions/labels", "x", "protocol differs in generation.conditions.labels"),
-        ("protocol_facts/generation/sampling/noise", "edm", "protocol differs in generation.sampling.noise: philox"),
+        ("protocol_facts/generation/sampling/noise", "edm", "noise differs: philox in BASE, edm (drawn on the CPU)"),
         ("protocol_facts/generation/sampling/batch", 1, "protocol differs in generation.sampling.batch"),
         ("protocol_facts/generation/model/options/seed", 9, "protocol differs in generation.model.options.seed"),
         ("protocol_facts/guidance", 3.0, "protocol differs in guidance: 1.0 in BASE, 3.0 in NEW"),

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from evalbench import fetching
+from evalbench import fetching, weights
 from evalbench.conventions import real_images
 from evalbench.errors import UserError
 from evalbench.fetching import fetch_suite, read_cifar10
@@ -75,6 +75,17 @@ def test_licence_and_source_come_first(archive, monkeypatch):
     assert "djghosh13/geneval" in next(fetched)
     with pytest.raises(UserError, match=r"geneval_evaluation_metadata\.jsonl .*stable-diffusion-xl-base"):
         list(fetched)
+
+
+def test_a_latent_file_is_copied_and_checked(archive, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    target = weights.cache() / "noise" / "latents.pt"
+    with pytest.raises(UserError, match=r"noise not found; put latents\.pt of mlcommons/inference"):
+        list(fetch_suite("coco2014-mlperf", archive))
+    (archive / "latents.pt").write_bytes(b"another file")
+    with pytest.raises(UserError, match=r"latents\.pt has SHA-256"):
+        list(fetch_suite("coco2014-mlperf", archive))
+    assert target.read_bytes() == b"another file"
 
 
 def test_fetched_images_serve_the_check_of_conventions(archive):

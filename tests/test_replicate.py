@@ -27,11 +27,45 @@ def test_the_kits_are_those_of_the_readme() -> None:
 @pytest.mark.parametrize("name", [name for name in KITS if name != "adm-evaluator"])
 def test_a_dry_run_walks_every_cell_and_spends_its_budget(name: str) -> None:
     kit = load_kit(name)
-    lines = list(dry_run(kit))
+    lines = [line for line in dry_run(kit) if "stands in" not in line]
     assert len(lines) == len(kit.cells([4])) > 0
     for line, (method, nfe) in zip(lines, kit.cells([4]), strict=True):
         assert line.startswith(f"dry run: {method} at NFE {nfe}, spent {nfe}, images")
         assert line.endswith(": ok")
+
+
+def test_a_dry_run_says_what_stands_in_for_a_latent_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EVALBENCH_CACHE", str(tmp_path))
+    first, cell = dry_run(load_kit("mlperf-sdxl"))
+    assert first.startswith(
+        "dry run: philox stands in for latents.pt; suite 'coco2014-mlperf': noise not found; put lat"
+    )
+    assert cell.endswith(": ok")
+    (tmp_path / "noise").mkdir()
+    (tmp_path / "noise" / "latents.pt").touch()
+    assert next(dry_run(load_kit("mlperf-sdxl"))).endswith("latents.pt; the file is there")
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("edm-cifar10", "noise: edm (drawn on the CPU); the paper's code draws on its GPU"),
+        ("diff-sampler-cifar10", "noise: edm (drawn on the CPU); the source's code draws on its GPU"),
+        ("mlperf-sdxl", "noise: latents.pt (SHA-256 "),
+        ("dit-xl-256", "noise: philox; DiT's own code draws whole batches"),
+        ("adm-evaluator", "noise: none: the samples are given"),
+    ],
+)
+def test_a_kit_says_its_noise(name: str, says: str) -> None:
+    assert any(says in line for line in describe(load_kit(name)))
+
+
+def test_the_noise_of_a_kit_is_what_is_run() -> None:
+    edm = request_of(load_kit("edm-cifar10"), Given(model=f"{ROOT / 'evalbench' / 'stand_in.py'}:load")).suite
+    assert edm.sampling.noise == "edm"
+    mlperf = request_of(load_kit("mlperf-sdxl"), Given(nfe=(20,), guidance=(5.0,))).suite
+    assert mlperf.sampling.noise == load_suite("coco2014-mlperf").sampling.noise
+    assert mlperf.sampling.noise.startswith("file:latents.pt@")
 
 
 def test_a_kit_of_given_images_reads_its_layout() -> None:

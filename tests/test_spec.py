@@ -70,6 +70,15 @@ def test_extends_replaces_a_floor_of_the_same_metric_size_and_kind() -> None:
         ('name = "mine"', 'nam = "mine"', "nam"),
         ("samples = 8", "samples = 0", r"sampling.samples = 0: input should be greater than 0"),
         ("samples = 8", "", "key 'sampling.samples' is missing"),
+        (
+            "samples = 8",
+            'samples = 8\nnoise = "philx"',
+            "unknown noise 'philx'; did you mean 'philox'.* diffusers-cpu, edm",
+        ),
+        ("samples = 8", 'samples = 8\nnoise = "diffusers"', "did you mean 'diffusers-cpu'"),
+        ("samples = 8", 'samples = 8\nnoise = "file:x.pt"', "write file:NAME@SHA256 or file:NAME@unverified"),
+        ("samples = 8", 'samples = 8\nnoise = "file:../x.pt@unverified"', "write file:NAME@SHA256"),
+        ("samples = 8", 'samples = 8\nnoise = "file:x.pkl@unverified"', r"\.npy, \.npz, \.pt or \.safetensors"),
         ("version = 1", "version = 1\nschema = 7", "schema 7, this evalbench reads 1"),
         ('name = "mine"', 'name = "../mine"', "may hold letters"),
         ('primary = "fd@identity"', 'primary = "fd@x"', "unknown primary metric 'fd@x'"),
@@ -81,6 +90,23 @@ def test_a_bad_suite_file_gives_one_line(tmp_path: Path, old: str, new: str, mes
     with pytest.raises(UserError, match=message) as caught:
         load_suite(_suite(tmp_path, MINIMAL.replace(old, new)))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "noise", ["philox", "edm", "diffusers-cpu", "file:x.y-2.npz@unverified", f"file:x.pt@{'0a' * 32}"]
+)
+def test_noise_is_a_fact_of_the_suite(tmp_path: Path, noise: str) -> None:
+    plain = load_suite(_suite(tmp_path, MINIMAL))
+    suite = load_suite(_suite(tmp_path, MINIMAL.replace("samples = 8", f'samples = 8\nnoise = "{noise}"')))
+    assert suite.sampling.noise == noise
+    assert (suite.id == plain.id) == (noise == "philox")
+    assert (content_id(suite.generation()) == content_id(plain.generation())) == (noise == "philox")
+
+
+def test_a_suite_of_philox_keeps_its_id(tmp_path: Path) -> None:
+    # as before there was any other noise: run folders and baselines stay valid
+    suite = load_suite(_suite(tmp_path, MINIMAL))
+    assert (suite.id, content_id(suite.generation())) == ("26467d8e0df3c659", "2145423fc1e6cd52")
 
 
 def test_unknown_suites_and_files(tmp_path: Path) -> None:

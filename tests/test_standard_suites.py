@@ -21,7 +21,7 @@ from evalbench.metrics.common import CLUSTER
 from evalbench.plan import make_plan
 from evalbench.reference_files import make_command
 from evalbench.runner import Request
-from evalbench.spec import Prompts, Suite, load_suite, suite_names
+from evalbench.spec import Prompts, Suite, load_suite, noise_file, suite_names
 from evalbench.store import Store
 
 # Suites and the class of the model that they name.
@@ -73,6 +73,11 @@ def small(name: str, cache: Path) -> Suite:
         conditions = conditions.model_copy(update={"prompts": few(conditions.prompts, cache)})
     if kind == "consistency":
         conditions = conditions.model_copy(update={"classes": 4})
+    noise = None
+    if noise_file(suite.sampling.noise):  # latents of the tiny network
+        noise = "file:tiny.npy@unverified"
+        (cache / "noise").mkdir(exist_ok=True)
+        np.save(cache / "noise" / "tiny.npy", np.random.default_rng(1).standard_normal((4, 4, 8, 8)))
     reference = load_suite("fashion-sd").references["fashion64"]
     reference = reference.model_copy(update={"file": "cache:references/tiny.safetensors", "sha256": "unverified"})
     return suite.model_copy(
@@ -82,7 +87,7 @@ def small(name: str, cache: Path) -> Suite:
             "references": {"efficientnet-lite0-96": reference},
             "image": (3, 8, 8) if kind in ("ddim", "consistency") else (3, 16, 16),
         }
-    ).override(samples=4, batch=4)
+    ).override(samples=4, batch=4, noise=noise)
 
 
 def bounded(folder: Path) -> Path:

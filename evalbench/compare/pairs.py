@@ -18,7 +18,7 @@ from evalbench.interfaces import Metric
 from evalbench.metrics.common import Array
 from evalbench.metrics.differences import Difference, Plan, Route, TooFewSamples, route_of
 from evalbench.metrics.persample import PerSampleScore
-from evalbench.spec import MetricValue, Record
+from evalbench.spec import PHILOX, MetricValue, Record, noise_words
 from evalbench.store import Store
 
 if TYPE_CHECKING:
@@ -51,6 +51,9 @@ class Pair:
             raise NotComparable("method version or settings differ under one text; name both methods to compare them")
         if self.old.samples != self.new.samples:
             raise NotComparable(f"N differs: {self.old.samples} in BASE, {self.new.samples} in NEW")
+        base, new = (_noise(record) for record in self._records)
+        if base != new:
+            raise NotComparable(f"noise differs: {noise_words(base)} in BASE, {noise_words(new)} in NEW")
         sides = [{k: r.protocol_facts.get(k) for k in ("generation", "seed", "guidance")} for r in self._records]
         _same(sides[0], sides[1], "")
         if a.generation != b.generation:
@@ -207,6 +210,11 @@ def _rows(run: Run, record: Record, route: Route, metric: Metric[Any]) -> Array:
         assert isinstance(metric, PerSampleScore)
         return metric.per_sample(arrays)
     return arrays[metric.needs[0]]
+
+
+def _noise(record: Record) -> str:
+    """Where a record's x_T came from."""
+    return str(record.protocol_facts.get("generation", {}).get("sampling", {}).get("noise", PHILOX))
 
 
 def _same(base: Any, new: Any, where: str) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from evalbench.report.view import Block
+from evalbench.spec import noise_words
 
 _SHORT = 12  # hex digits of a hash
 
@@ -31,7 +32,7 @@ def _phrases(block: Block, metrics: Iterable[str]) -> dict[str, str]:
         "N =": str(block.samples) if block.samples else "",
         "guidance": f"{block.guidance:g}",
         "seed" if len(block.seeds) == 1 else "mean of seeds": ", ".join(map(str, block.seeds)),
-        "noise": str(sampling.get("noise", "")),
+        "noise": noise_words(str(sampling.get("noise", ""))),
         "dtype": str(sampling.get("dtype", "")),
         "time grid": str(sampling.get("grid", "")),
         **{f"reference of {metric}": found for metric, found in references.items()},
