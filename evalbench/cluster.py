@@ -119,6 +119,8 @@ class RayExecutor:
         policy: what happens to jobs whose worker dies or hangs.
     """
 
+    apart = True
+
     def __init__(
         self,
         workers: int | None = None,

@@ -85,7 +85,8 @@ ARROWS: dict[str, set[str]] = {
     "claim_words": {"stats", "interfaces"},
     "claims": {"claim_words", "runner", "report"},  # report: the rendering
     "upkeep": {"store", "report"},
-    "runner": {"cluster", "plan", "shards", "reduce", "store", "artifacts", "observer", "status"},
+    "beside": {"errors"},
+    "runner": {"beside", "cluster", "plan", "shards", "reduce", "store", "artifacts", "observer", "status"},
     "bundle": {"runner", "upkeep"},
 }
 # Components of their own inside a package that stands higher or lower.
