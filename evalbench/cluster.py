@@ -22,6 +22,20 @@ from evalbench.worker import Job, JobFailure, Outcome, PrepareJob
 _LOOK = 5.0  # seconds between looks at which nodes there are
 _START = 120.0  # seconds that the first workers have to start
 _ANSWER = 5.0  # seconds that a hanging worker has to say where it stands
+# glibc gives the memory of large tensors back to the kernel, which hands it out again, cleared page by page, at the
+# next operation. A worker computes the same shapes over and over: it keeps up to a gigabyte, for tensors of up to 32 MB
+# (the most that glibc takes), in the one arena whose memory does not go back with a thread's heap.
+_ALLOCATOR = {
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
+    "MALLOC_ARENA_MAX": "1",
+}
+
+
+def worker_variables() -> dict[str, str]:
+    """The environment variables of a worker, which its libraries read when they are loaded; the allocator's may be set."""
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")  # design, section 5
+    return threads | {name: os.environ.get(name, value) for name, value in _ALLOCATOR.items()}
 
 
 @ray.remote(concurrency_groups={"watch": 1})  # type: ignore[call-overload]
@@ -132,9 +146,7 @@ class RayExecutor:
         self._asked, self._policy = workers, policy or Policy()
         self._kind = _resource(device)
         self.workers = workers or self._devices()
-        # one thread each (design, section 5); the environment is set before torch is imported
-        threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-        self._runtime = {"env_vars": threads}
+        self._runtime = {"env_vars": worker_variables()}
         self._slots: list[_Slot] = []
         self._class = ""
         self._looked = 0.0
