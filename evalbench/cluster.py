@@ -13,7 +13,7 @@ from typing import Any
 
 import ray
 
-from evalbench import timing, worker
+from evalbench import timing, warm, worker
 from evalbench.errors import EvalbenchError, UserError, unknown
 from evalbench.failures import Policy, Retries
 from evalbench.timing import LatencyJob, LatencyResult, Timing
@@ -33,9 +33,14 @@ _ALLOCATOR = {
 
 
 def worker_variables() -> dict[str, str]:
-    """The environment variables of a worker, which its libraries read when they are loaded; the allocator's may be set."""
+    """The environment variables of a worker; those of the allocator and of what it keeps loaded are yours to set.
+
+    Raises:
+        UserError: see `warm.asked`.
+    """
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")  # design, section 5
-    return threads | {name: os.environ.get(name, value) for name, value in _ALLOCATOR.items()}
+    keep = {warm.VARIABLE: os.environ[warm.VARIABLE]} if warm.asked() is not None else {}
+    return threads | keep | {name: os.environ.get(name, value) for name, value in _ALLOCATOR.items()}
 
 
 @ray.remote(concurrency_groups={"watch": 1})  # type: ignore[call-overload]
