@@ -22,6 +22,8 @@ from evalbench.worker import Job, JobFailure, Outcome, PrepareJob
 _LOOK = 5.0  # seconds between looks at which nodes there are
 _START = 120.0  # seconds that the first workers have to start
 _ANSWER = 5.0  # seconds that a hanging worker has to say where it stands
+# one thread each (design, section 5); set before torch is imported
+_THREADS = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 # glibc gives the memory of large tensors back to the kernel, which hands it out again, cleared page by page, at the
 # next operation. A worker computes the same shapes over and over: it keeps up to a gigabyte, for tensors of up to 32 MB
 # (the most that glibc takes), in the one arena whose memory does not go back with a thread's heap.
@@ -38,9 +40,8 @@ def worker_variables() -> dict[str, str]:
     Raises:
         UserError: see `warm.asked`.
     """
-    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")  # design, section 5
     keep = {warm.VARIABLE: os.environ[warm.VARIABLE]} if warm.asked() is not None else {}
-    return threads | keep | {name: os.environ.get(name, value) for name, value in _ALLOCATOR.items()}
+    return _THREADS | keep | {name: os.environ.get(name, value) for name, value in _ALLOCATOR.items()}
 
 
 @ray.remote(concurrency_groups={"watch": 1})  # type: ignore[call-overload]
@@ -147,11 +148,11 @@ class RayExecutor:
         device: str = "",
         policy: Policy | None = None,
     ) -> None:
+        self._runtime = {"env_vars": worker_variables()}
         self._started = _connect(address, workers)
         self._asked, self._policy = workers, policy or Policy()
         self._kind = _resource(device)
         self.workers = workers or self._devices()
-        self._runtime = {"env_vars": worker_variables()}
         self._slots: list[_Slot] = []
         self._class = ""
         self._looked = 0.0
@@ -388,7 +389,7 @@ class RayExecutor:
         whole = max(1, int(max((resources.get("CPU", 0) for resources in nodes), default=1)))
         gpus = min(1, int(max((resources.get("GPU", 0) for resources in nodes), default=0)))
         timer = _Timer.options(  # type: ignore[attr-defined]
-            num_cpus=whole, num_gpus=gpus, resources=placed, runtime_env=self._runtime
+            num_cpus=whole, num_gpus=gpus, resources=placed, runtime_env={"env_vars": _THREADS}
         ).remote()
         try:
             for reference in timer.run.options(num_returns="streaming").remote(job):
