@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import time
@@ -12,16 +13,35 @@ from typing import Any
 
 import ray
 
-from evalbench import timing, worker
+from evalbench import timing, warm, worker
 from evalbench.errors import EvalbenchError, UserError, unknown
 from evalbench.failures import Policy, Retries
 from evalbench.timing import LatencyJob, LatencyResult, Timing
 from evalbench.worker import Job, JobFailure, Outcome, PrepareJob
 
-_QUICK = 1.0  # seconds; a worker with quick jobs gets its next one ahead, so that it never waits for the driver
 _LOOK = 5.0  # seconds between looks at which nodes there are
 _START = 120.0  # seconds that the first workers have to start
 _ANSWER = 5.0  # seconds that a hanging worker has to say where it stands
+# one thread each (design, section 5); set before torch is imported
+_THREADS = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+# glibc gives the memory of large tensors back to the kernel, which hands it out again, cleared page by page, at the
+# next operation. A worker computes the same shapes over and over: it keeps up to a gigabyte, for tensors of up to 32 MB
+# (the most that glibc takes), in the one arena whose memory does not go back with a thread's heap.
+_ALLOCATOR = {
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
+    "MALLOC_ARENA_MAX": "1",
+}
+
+
+def worker_variables() -> dict[str, str]:
+    """The environment variables of a worker; those of the allocator and of what it keeps loaded are yours to set.
+
+    Raises:
+        UserError: see `warm.asked`.
+    """
+    keep = {warm.VARIABLE: os.environ[warm.VARIABLE]} if warm.asked() is not None else {}
+    return _THREADS | keep | {name: os.environ.get(name, value) for name, value in _ALLOCATOR.items()}
 
 
 @ray.remote(concurrency_groups={"watch": 1})  # type: ignore[call-overload]
@@ -85,6 +105,26 @@ class _Slot:
         return f"{job.cell.method} at NFE {job.cell.nfe}, {job}, for {now - self.since:.0f} s"
 
 
+class _Supply:
+    """Jobs that no worker was given yet; some of them are drawn early, to know how many are left.
+
+    Args:
+        jobs: where they come from.
+    """
+
+    def __init__(self, jobs: Iterator[Job | PrepareJob]) -> None:
+        self._jobs, self._drawn = jobs, deque[Job | PrepareJob]()
+
+    def holds(self, count: int) -> bool:
+        """Whether so many are left, or more."""
+        self._drawn.extend(itertools.islice(self._jobs, max(0, count - len(self._drawn))))
+        return len(self._drawn) >= count
+
+    def next(self, spare: int = 0) -> Job | PrepareJob | None:
+        """The next one; None when none is left but `spare` ones."""
+        return self._drawn.popleft() if self.holds(1 + spare) else None
+
+
 class RayExecutor:
     """Warm actors on a local or a running Ray; for latency runs they make room.
 
@@ -99,6 +139,8 @@ class RayExecutor:
         policy: what happens to jobs whose worker dies or hangs.
     """
 
+    apart = True
+
     def __init__(
         self,
         workers: int | None = None,
@@ -106,16 +148,13 @@ class RayExecutor:
         device: str = "",
         policy: Policy | None = None,
     ) -> None:
+        self._runtime = {"env_vars": worker_variables()}
         self._started = _connect(address, workers)
         self._asked, self._policy = workers, policy or Policy()
         self._kind = _resource(device)
         self.workers = workers or self._devices()
-        # one thread each (design, section 5); the environment is set before torch is imported
-        threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-        self._runtime = {"env_vars": threads}
         self._slots: list[_Slot] = []
         self._class = ""
-        self._quick = False
         self._looked = 0.0
         self._made = 0
 
@@ -223,34 +262,37 @@ class RayExecutor:
         self._start()
         if not self._class:
             self.environment()
-        retries = Retries(self._policy)
-        more = True
+        supply, retries = _Supply(jobs), Retries(self._policy)
         while True:
             self._follow_cluster()
             for slot in self._slots:
                 self._greet(slot)
             self._dismiss_others()
-            more = self._feed(jobs, retries) and more
+            self._feed(supply, retries)
             running = [slot for slot in self._slots if slot.jobs]
-            if not running and not retries and not more:
+            if not running and not retries and not supply.holds(1):
                 return
             for slot in self._landed(running, retries):
                 yield from self._take(slot, retries)
             yield from self._end_hanging(retries)
 
-    def _feed(self, jobs: Iterator[Job | PrepareJob], retries: Retries) -> bool:
-        """Give free workers a job each, and quick ones another ahead; False when there was none left to give."""
-        for depth in range(2 if self._quick else 1):
-            for slot in self._slots:
-                if slot.environment is None or len(slot.jobs) != depth:
+    def _feed(self, supply: _Supply, retries: Retries) -> None:
+        """Give free workers a job each, and all of them another one ahead, so that none waits for the driver.
+
+        The last jobs, one per worker, wait for workers that are free: none lies behind a long one while others idle.
+        """
+        workers = [slot for slot in self._slots if slot.environment is not None]
+        for depth, spare in ((0, 0), (1, len(workers) - 1)):
+            for slot in workers:
+                if len(slot.jobs) != depth:
                     continue
-                job = retries.due(time.monotonic()) or next(jobs, None)
+                now = time.monotonic()
+                job = retries.due(now) or supply.next(spare)
                 if job is None:
-                    return False
+                    return
                 if not slot.jobs:
-                    slot.since = time.monotonic()
+                    slot.since = now
                 slot.jobs.append((slot.actor.run.remote(job), job))
-        return True
 
     def _landed(self, running: list[_Slot], retries: Retries) -> list[_Slot]:
         """Workers whose job is done, or lost; waits for one, but not past what is due."""
@@ -272,14 +314,13 @@ class RayExecutor:
     def _take(self, slot: _Slot, retries: Retries) -> Iterator[Outcome]:
         """The outcome of a worker's running job, unless it is tried again."""
         reference, job = slot.jobs.popleft()
-        started, slot.since = slot.since, time.monotonic()
+        slot.since = time.monotonic()
         try:
             outcome = replace(ray.get(reference), job=job)
         except ray.exceptions.RayError as error:
             left = not any(node["NodeID"] == slot.node and node["Alive"] for node in ray.nodes())
             yield from self._lose(slot, job, retries, type(error).__name__, "died", str(error), innocent=left)
             return
-        self._quick = slot.since - started < _QUICK
         if isinstance(outcome, JobFailure):
             failure = retries.failed(outcome, time.monotonic())
             if outcome.out_of_memory:
@@ -319,6 +360,8 @@ class RayExecutor:
         for slot in list(self._slots):
             if not slot.jobs or time.monotonic() - slot.since < limit:
                 continue
+            if ray.wait([slot.jobs[0][0]], timeout=0)[0]:  # it is done: the driver was away
+                continue
             _, job = slot.jobs.popleft()
             try:
                 place = str(ray.get(slot.actor.stack.remote(), timeout=_ANSWER))
@@ -346,7 +389,7 @@ class RayExecutor:
         whole = max(1, int(max((resources.get("CPU", 0) for resources in nodes), default=1)))
         gpus = min(1, int(max((resources.get("GPU", 0) for resources in nodes), default=0)))
         timer = _Timer.options(  # type: ignore[attr-defined]
-            num_cpus=whole, num_gpus=gpus, resources=placed, runtime_env=self._runtime
+            num_cpus=whole, num_gpus=gpus, resources=placed, runtime_env={"env_vars": _THREADS}
         ).remote()
         try:
             for reference in timer.run.options(num_returns="streaming").remote(job):

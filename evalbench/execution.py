@@ -13,9 +13,14 @@ from evalbench.worker import Job, JobFailure, Outcome, PrepareJob
 
 
 class Executor(Protocol):
-    """Computes jobs somewhere. `workers` chunks are in flight at a time."""
+    """Computes jobs somewhere.
+
+    Attributes:
+        workers: jobs that are computed at a time. apart: other processes compute them, so this one has time meanwhile.
+    """
 
     workers: int
+    apart: bool
 
     def environment(self, preferred: Collection[str] = ()) -> dict[str, Any]:
         """The environment that jobs are computed in, see `environment.describe`.
@@ -31,7 +36,7 @@ class Executor(Protocol):
         ...
 
     def map(self, jobs: Iterator[Job | PrepareJob]) -> Iterator[Outcome]:
-        """Outcomes as they land, in any order; pulls a job only when a worker is free."""
+        """Outcomes as they land, in any order; draws few more jobs than there are workers."""
         ...
 
     def latency(self, job: LatencyJob) -> Iterator[Timing | LatencyResult]:
@@ -47,6 +52,7 @@ class SerialExecutor:
     """Everything in this process, one thread; for debuggers and small runs."""
 
     workers = 1
+    apart = False
     launch: Launch = staticmethod(fresh)
 
     def environment(self, preferred: Collection[str] = ()) -> dict[str, Any]:

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from concurrent.futures import wait as wait_for
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from evalbench import environment, registry, sampling, shards, starts, status, worker
 from evalbench.artifacts import Artifacts
+from evalbench.beside import Beside, at_once
 from evalbench.cost.variants import Variant
 from evalbench.errors import BadSamples, EvalbenchError
 from evalbench.execution import Executor, SerialExecutor
@@ -47,6 +50,7 @@ __all__ = [
     "unique",
 ]
 
+_Reduce = Callable[[Callable[[], Record]], Future[Record]]
 _DAMAGES = 3  # times that one chunk may be found damaged in a run before the disk is to blame
 
 
@@ -106,6 +110,7 @@ class _Loop:
         self._seconds: dict[str, float] = {}
         self._fingerprints: dict[str, str] = {}
         self._damages: dict[Chunk, int] = {}
+        self._reducing: dict[str, Future[Record]] = {}  # by cell id, in the order in which records are appended
         self._known = len(store.records_after(0))  # lines of records.jsonl that were there when this process began
 
     @cached_property
@@ -139,17 +144,19 @@ class _Loop:
         """Compute the missing chunks, reduce each cell as soon as its last chunk lands."""
         self._prepare([cell for cell in self.plan.work if self._waiting.get(cell.id)])
         self._reduce_ready()
-        while self._pending:
-            landed = 0
-            if any(self._waiting.values()):
-                for outcome in self.executor.map(self._jobs()):
-                    landed += 1
-                    self._land(outcome)
-                    self._reduce_ready()
-            if self.claims.shared:
-                self._look_around()
+        with Beside(environment.prepare_process) as beside:
+            while self._pending:
+                landed = 0
+                if any(self._waiting.values()):
+                    reduce = beside if self.executor.apart else at_once
+                    for outcome in self.executor.map(self._jobs()):
+                        landed += 1
+                        self._land(outcome)
+                        self._reduce_ready(reduce)
+                if self.claims.shared:
+                    self._look_around()
                 self._reduce_ready()
-                if self._pending and not landed:
+                if self.claims.shared and self._pending and not landed:
                     shards.wait()
 
     @cached_property
@@ -342,10 +349,14 @@ class _Loop:
         samples = job.chunk.stop - job.chunk.start
         self.observer.landed("quality", samples * job.cell.nfe, samples, seconds)
 
-    def _reduce_ready(self) -> None:
-        """Record the pending cells whose chunks are all there, unless another process is doing that."""
-        ready = [cell for cell in self._pending.values() if self._is_ready(cell)]
-        if not ready:
+    def _reduce_ready(self, reduce: _Reduce = at_once) -> None:
+        """Record the pending cells whose chunks are all there, unless another process is doing that.
+
+        Args:
+            reduce: makes the record of a cell. Where it takes its time, the record is appended at a later call.
+        """
+        ready = [cell for cell in self._pending.values() if cell.id not in self._reducing and self._is_ready(cell)]
+        if not ready and not self._reducing:
             return
         with self.claims.reducing() as mine:
             if not mine:
@@ -354,26 +365,47 @@ class _Loop:
                 self._look_around()
             for cell in ready:
                 if cell.id in self._pending and self._is_ready(cell):
-                    self._reduce(cell)
+                    self._reducing[cell.id] = reduce(partial(self._record, cell, self.plan.solutions.get(cell.id)))
+                if reduce is at_once:
+                    self._append_reduced(wait=True)
+            self._append_reduced(wait=reduce is at_once)
         self._tell_cells()
 
     def _is_ready(self, cell: Cell) -> bool:
         solution = self.plan.solutions.get(cell.id)
         return not self._waiting.get(cell.id) and (solution is None or not self._waiting.get(solution.id))
 
-    def _reduce(self, cell: Cell) -> None:
-        """Append the record of a cell; when one of its chunks turns out to be damaged, let that be computed first."""
-        try:
-            record = self._record(cell, self.plan.solutions.get(cell.id))
-        except DamagedChunk as damage:
-            self._drop(damage.chunk, str(damage).split(";")[0])
-            for owner in self.plan.work:
-                if owner.id == damage.chunk.cell_id:
-                    missing = self._missing_chunks(owner, self._workers_class)
-                    self._waiting[owner.id] = dict.fromkeys(missing)
-            return
-        self.store.append(record)
-        del self._pending[cell.id]
+    def _append_reduced(self, *, wait: bool) -> None:
+        """Append the records that are made, in the order in which their cells became ready.
+
+        When a chunk turns out to be damaged, it is computed first, and what is being reduced is reduced again later.
+        """
+        while self._reducing:
+            cell_id, future = next(iter(self._reducing.items()))
+            if not wait and not future.done():
+                return
+            try:
+                record = future.result()
+            except DamagedChunk as damage:
+                self._stop_reducing()
+                self._repair(damage)
+                return
+            self.store.append(record)
+            del self._pending[cell_id], self._reducing[cell_id]
+
+    def _stop_reducing(self) -> None:
+        """Until nothing reads a chunk any more."""
+        running = [future for future in self._reducing.values() if not future.cancel()]
+        wait_for(running)
+        self._reducing.clear()
+
+    def _repair(self, damage: DamagedChunk) -> None:
+        """Let a damaged chunk be computed again."""
+        self._drop(damage.chunk, str(damage).split(";")[0])
+        for owner in self.plan.work:
+            if owner.id == damage.chunk.cell_id:
+                missing = self._missing_chunks(owner, self._workers_class)
+                self._waiting[owner.id] = dict.fromkeys(missing)
 
     def _record(self, cell: Cell, solution: Cell | None) -> Record:
         facts = self._protocol(cell)

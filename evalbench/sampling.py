@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from evalbench import environment, registry
+from evalbench import environment, registry, warm
 from evalbench.cost.breakdown import Stopwatch, span
 from evalbench.cost.budget import BudgetUnit, nfe_of_budget, rows_per_evaluation
 from evalbench.cost.ledger import Ledger
@@ -42,22 +42,11 @@ class Setup:
 
 
 def setup_of(suite: Suite, plugins: Mapping[str, str], variant: Variant | None = None) -> Setup:
-    """The model of a suite, loaded once per process; see `build`."""
+    """The model of a suite, kept loaded in this process within its limit; see `build`."""
     registry.load_plugins(plugins)
     key = suite.model_dump_json(include={"name", "version", "model", "roles", "path", "sampling"})
-    key += variant.text if variant else ""
-    if key not in _setups:
-        _setups.clear()  # one model at a time: chunks of a run share one suite
-        _setups[key] = build(suite, variant)
-    return _setups[key]
-
-
-_setups: dict[str, Setup] = {}
-
-
-def forget() -> None:
-    """Let go of the model."""
-    _setups.clear()
+    kept = warm.kept.get(("model", key, variant.text if variant else ""), lambda: build(suite, variant))
+    return replace(kept, suite=suite)  # another suite of that model may ask for other conditions or metrics
 
 
 def build(suite: Suite, variant: Variant | None = None) -> Setup:

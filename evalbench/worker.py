@@ -12,13 +12,12 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
-from evalbench import environment, registry, sampling, starts
+from evalbench import environment, registry, starts, warm
 from evalbench.cost.ledger import Ledger
 from evalbench.errors import BadSamples, Unsupported, UserError, some
 from evalbench.interfaces import Artifact, Cond, Extractor, Model, Parts, SampleBatch
@@ -112,6 +111,7 @@ Outcome: TypeAlias = ChunkResult | PreparedResult | JobFailure
 
 def run_job(job: Job | PrepareJob) -> Outcome:
     """Compute a job; whatever the method raises becomes a JobFailure."""
+    warm.kept.next_job()
     try:
         return _run_prepare(job) if isinstance(job, PrepareJob) else _run_chunk(job)
     except Exception as error:  # whatever a method raises is that cell's record
@@ -120,8 +120,7 @@ def run_job(job: Job | PrepareJob) -> Outcome:
 
 def forget() -> None:
     """Let go of models, feature networks and the device's cached memory."""
-    sampling.forget()
-    _extractor.cache_clear()
+    warm.kept.forget()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -142,7 +141,7 @@ def _run_prepare(job: PrepareJob) -> PreparedResult:
 
 def _run_chunk(job: Job) -> ChunkResult:
     setup = setup_of(job.suite, job.plugins)
-    extractors = {name: _extractor(name, str(setup.device)) for name in job.parts}
+    extractors = {name: _extractor(name) for name in job.parts}
     started = time.perf_counter()  # what was loaded serves many chunks: it is no chunk's cost
     arrays = _compute(job, setup, extractors)
     digests = arrays.pop(_DIGEST, np.array([], np.uint64))
@@ -290,9 +289,8 @@ def _kept_images(batch: SampleBatch, indices: range, keep: int, keep_all: bool) 
     return {"images": batch.images[:wanted].cpu().numpy()}
 
 
-@lru_cache(maxsize=16)
-def _extractor(name: str, device: str) -> Extractor:
-    return registry.build_extractor(name)
+def _extractor(name: str) -> Extractor:
+    return warm.kept.get(("features", name), lambda: registry.build_extractor(name))
 
 
 # --- references -----------------------------------------------------------------------------------------------------

@@ -73,7 +73,8 @@ ARROWS: dict[str, set[str]] = {
     "sequential": {"looks", "compare", "runner"},
     "published": {"spec"},
     "report": {"store", "stats", "cost.speedup", "published"},
-    "sampling": {"models", "engine", "cost", "environment", "metrics", "prompts", "starts"},
+    "warm": {"environment", "cost"},
+    "sampling": {"warm", "models", "engine", "cost", "environment", "metrics", "prompts", "starts"},
     "preparation": {"sampling", "metrics"},
     "worker": {"preparation", "suite_references"},
     "timing": {"sampling", "metrics"},
@@ -86,7 +87,8 @@ ARROWS: dict[str, set[str]] = {
     "claim_words": {"stats", "interfaces"},
     "claims": {"claim_words", "runner", "report"},  # report: the rendering
     "upkeep": {"store", "report"},
-    "runner": {"cluster", "plan", "shards", "reduce", "store", "artifacts", "observer", "status"},
+    "beside": {"errors"},
+    "runner": {"beside", "cluster", "plan", "shards", "reduce", "store", "artifacts", "observer", "status"},
     "bundle": {"runner", "upkeep"},
 }
 # Components of their own inside a package that stands higher or lower.

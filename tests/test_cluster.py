@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,10 +10,12 @@ import pytest
 from support import MISBEHAVING, descends, request, run_serial, small_suite
 
 from evalbench import runner
-from evalbench.cluster import RayExecutor
+from evalbench.cluster import RayExecutor, _Supply, ray
+from evalbench.failures import Policy
 from evalbench.report import build_report
 from evalbench.store import Store
 from evalbench.timing import Effort
+from evalbench.worker import ChunkResult, Job, JobFailure
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +85,93 @@ def test_a_dying_worker_is_an_error_row_and_the_rest_is_complete(ray_two: RayExe
     assert rows["kills-worker"].status == "error"
     assert "worker died 3 times" in rows["kills-worker"].failure.message  # type: ignore[union-attr]
     assert rows["ddim"].status == "ok"
+
+
+# A method that leaves a file for every chunk it made.
+MARKS = '''
+from pathlib import Path
+
+from evalbench.interfaces import Solver
+from evalbench.registry import register
+
+
+@register("marks")
+class Marks(Solver):
+    """Leaves a mark."""
+
+    def sample(self, denoiser, x_T, cond, nfe, noise):
+        (Path("FOLDER") / str(noise.samples[0])).touch()
+        return denoiser(x_T, 0.5, cond)
+'''
+KILLS_AT_FIRST = '''
+import os
+
+from evalbench.interfaces import Solver
+from evalbench.registry import register
+
+
+@register("kills-at-first")
+class KillsAtFirst(Solver):
+    """Takes its process down on the first chunk."""
+
+    def sample(self, denoiser, x_T, cond, nfe, noise):
+        if 0 in noise.samples:
+            os._exit(1)
+        return denoiser(x_T, 0.5, cond)
+'''
+
+
+def _jobs(method: str, plugin: str, chunks: int) -> list[Job]:
+    """The jobs of one cell."""
+    plugins = {f"{method}.py": plugin}
+    wanted = request(small_suite(samples=32 * chunks), [method], metrics=("fd@identity",), plugins=plugins)
+    plan = runner.make_plan(wanted)
+    (cell,) = plan.cells
+    return [Job(wanted.suite, cell, chunk, plan.parts[cell.id], plugins=plugins) for chunk in plan.chunks(cell)]
+
+
+def _wait_until_all_have_started(executor: RayExecutor) -> None:
+    executor.environment()
+    while any(slot.environment is None for slot in executor._slots):
+        executor.environment()
+
+
+def test_the_last_jobs_are_kept_for_workers_that_are_free() -> None:
+    supply = _Supply(iter("abcd"))  # type: ignore[arg-type]
+    assert [supply.next(2), supply.next(2), supply.next(2)] == ["a", "b", None]
+    assert supply.holds(2)
+    assert not supply.holds(3)
+    assert [supply.next(), supply.next(), supply.next()] == ["c", "d", None]
+
+
+def test_workers_go_on_while_the_driver_is_busy(ray_two: RayExecutor, tmp_path: Path) -> None:
+    """A chunk lies ahead at every worker; one that landed while the driver was away does not count as hanging."""
+    _wait_until_all_have_started(ray_two)
+    outcomes = ray_two.map(iter(_jobs("marks", MARKS.replace("FOLDER", str(tmp_path)), 8)))
+    found = [next(outcomes)]
+    deadline = time.monotonic() + 60
+    while len(list(tmp_path.iterdir())) < 4 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert len(list(tmp_path.iterdir())) == 4, "two chunks at each worker, the driver saw one of them"
+    given = [reference for slot in ray_two._slots for reference, _ in slot.jobs]
+    ray.wait(given, num_returns=len(given), timeout=60)
+    made = ray_two._made
+    for slot in ray_two._slots:
+        slot.since -= 2 * ray_two._policy.timeout
+    found += outcomes
+    assert ray_two._made == made, "no worker was ended"
+    assert sorted(outcome.job.chunk.start for outcome in found) == list(range(0, 256, 32))  # type: ignore[union-attr]
+    assert all(isinstance(outcome, ChunkResult) for outcome in found)
+
+
+def test_only_the_chunk_that_ran_is_blamed(ray_two: RayExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What lay ahead at the worker that it took down is computed elsewhere, and is not counted as a try."""
+    _wait_until_all_have_started(ray_two)
+    monkeypatch.setattr(ray_two, "_policy", Policy(tries=1))
+    found = list(ray_two.map(iter(_jobs("kills-at-first", KILLS_AT_FIRST, 6))))
+    (failure,) = [outcome for outcome in found if isinstance(outcome, JobFailure)]
+    assert failure.failure.message == "worker died 1 times on samples 0-31"
+    assert len(found) == 6
 
 
 def test_latency_runs_on_a_worker(ray_two: RayExecutor, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -346,3 +347,68 @@ def test_a_budget_that_says_nothing_is_one_clear_line() -> None:
     wanted = request(small_suite(), ["ddim"], nfe=[1], guidance=(2.0,), budget_unit="evals")
     with pytest.raises(UserError, match=r"--budget-unit evals, ddim: .*one evaluation takes 2"):
         runner.make_plan(wanted)
+
+
+class Apart(SerialExecutor):
+    """Says that jobs are computed elsewhere, so that cells are reduced beside them."""
+
+    apart = True
+
+
+def test_cells_reduced_beside_the_workers_give_the_same_records_in_the_same_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads, reduce_cell = [], runner.reduce_cell
+
+    def watched(*args, **options):  # type: ignore[no-untyped-def]
+        threads.append(threading.current_thread())
+        return reduce_cell(*args, **options)
+
+    wanted = request(small_suite(), ["ddim", "unipc", "raises"], [3, 6], plugins={"bad.py": MISBEHAVING})
+    run_serial(wanted, tmp_path / "serial")
+    monkeypatch.setattr(runner, "reduce_cell", watched)
+    runner.run(wanted, tmp_path / "apart", Apart)
+    assert len(threads) == 4
+    assert threading.main_thread() not in threads
+    ours, theirs = (
+        [record.model_copy(update={"seconds": 0.0}) for record in Store(tmp_path / name).records_after(0)]
+        for name in ("apart", "serial")
+    )
+    assert ours == theirs
+
+
+def test_what_goes_wrong_beside_the_workers_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("a metric's own fault")
+
+    monkeypatch.setattr(runner, "reduce_cell", broken)
+    with pytest.raises(ZeroDivisionError, match="a metric's own fault"):
+        runner.run(request(small_suite(), ["ddim", "unipc"]), tmp_path, Apart)
+
+
+@pytest.mark.parametrize("executor", [SerialExecutor, Apart])
+def test_a_chunk_damaged_in_the_run_is_computed_again_once(tmp_path: Path, executor: type[SerialExecutor]) -> None:
+    """It belongs to the fine solution: every cell that meets it waits for the new one."""
+    notes, jobs = [], []
+
+    class Told(runner.Silent):
+        def note(self, line: str) -> None:
+            notes.append(line)
+
+    class Spoils(executor):  # type: ignore[valid-type,misc]
+        def map(self, todo):  # type: ignore[no-untyped-def]
+            for outcome in super().map(todo):
+                jobs.append(outcome.job)
+                yield outcome
+                file = Store(tmp_path / "spoilt").chunk_file(outcome.job.chunk)
+                if outcome.job.cell.nfe == 64 and not (tmp_path / "once").exists():
+                    (tmp_path / "once").touch()
+                    file.write_bytes(file.read_bytes().replace(b"\x93NUMPY", b"\x93NUMPX", 1))
+
+    wanted = request(small_suite(), ["ddim", "unipc"], [3, 6])
+    records = runner.run(wanted, tmp_path / "spoilt", Spoils, Told())
+    straight, _ = run_serial(wanted, tmp_path / "straight")
+    assert _values(records) == _values(straight)
+    assert len(notes) == 1
+    assert "is damaged" in notes[0]
+    assert len(jobs) == 3 * (4 + 1) + 1

@@ -17,7 +17,7 @@ import virtual_time
 from support import EFFORT, request, small_suite
 from virtual_time import UNIT, VirtualClock
 
-from evalbench import registry, runner, sampling, timing
+from evalbench import registry, runner, sampling, timing, warm
 from evalbench.cost import memory
 from evalbench.cost.latency import Steady
 from evalbench.cost.ratio import median_ratio, verdict
@@ -95,7 +95,7 @@ class VirtualExecutor(SerialExecutor):
 
         def launch(function: Callable[..., Any], *arguments: Any) -> Any:
             clock.now += LAUNCH
-            sampling._setups.clear()
+            warm.kept.forget()
             sys.modules[registry.get("method", "walks").__module__]._answers.clear()
             return function(*arguments, clock) if function is sit else function(*arguments)
 
@@ -108,7 +108,7 @@ def _virtual(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(timing, "clock_for", lambda _: virtual_time.SHARED)
     monkeypatch.setattr(memory, "_give_back", lambda: None)
     yield
-    sampling._setups.clear()
+    warm.kept.forget()
 
 
 def virtual_suite() -> Suite:

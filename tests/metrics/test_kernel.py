@@ -37,6 +37,24 @@ def test_agrees_with_the_double_loop(monkeypatch, block):
     assert mmd2(x, y).value == pytest.approx(naive_mmd2(x, y), rel=1e-12)
 
 
+@pytest.mark.parametrize("stripe", [32, 7])
+def test_stripes_change_no_bit(monkeypatch, stripe):
+    """What stays in a core's cache is a matter of speed alone."""
+    x, y, base = RNG(0).standard_normal((150, 6)), RNG(1).standard_normal((70, 6)), RNG(2).standard_normal((150, 6))
+    plans = [{}, {"base": base}, {"clusters": np.arange(150) // 4}, {"strata": np.arange(150) % 3}]
+
+    def found():
+        return kernel.cubic_kernel(x, y), [mmd2(x, y, **plan) for plan in plans]
+
+    whole = (x / 6) @ y.T + 1.0
+    monkeypatch.setattr(kernel, "_STRIPE", 1 << 20)
+    unstriped = found()
+    np.testing.assert_array_equal(unstriped[0], whole * whole * whole)
+    monkeypatch.setattr(kernel, "_STRIPE", stripe)
+    np.testing.assert_array_equal(found()[0], unstriped[0])
+    assert found()[1] == unstriped[1]
+
+
 @pytest.fixture(scope="module")
 def two_sets():
     return RNG(2).standard_normal((300, 16)), 0.4 + RNG(3).standard_normal((300, 16))
