@@ -64,7 +64,9 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Store
         patch.setattr(preparation, "_REFERENCE_SAMPLES", 200)  # of a search that is only to be billed
         for kind, methods in ALL.items():
             folder: Path = tmp_path_factory.mktemp(kind)
-            suite = twins.suite(kind).override(samples=8, batch=8, chunk=8)
+            suite = twins.suite(kind).override(samples=4, batch=4, chunk=4)
+            assert suite.solution is not None
+            suite = suite.model_copy(update={"solution": suite.solution.model_copy(update={"nfe": 16})})
             run_serial(request(suite, ["ddim"], nfe=PLAIN, metrics=(METRIC,)), folder)
             run_serial(request(suite, ["ddim", *methods], nfe=(NFE,), metrics=(METRIC,)), folder)
             found[kind] = Store(folder)
