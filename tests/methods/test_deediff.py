@@ -262,10 +262,3 @@ def test_a_depth_of_less_than_a_block_is_refused_before_anything_runs() -> None:
 
     with pytest.raises(UserError, match=r"less than one of the network's 4 blocks; give at least 0.25$"):
         make_plan(request(twins.suite("dit"), ["ddim+deediff(depth=0.2)"], metrics=()))
-
-
-@pytest.mark.slow
-def test_it_runs_on_the_depth_of_a_large_transformer() -> None:
-    x, ledger = draw("ddim+deediff(images=4,iterations=2)", 4, "dit-xl")
-    assert torch.isfinite(x).all()
-    assert 0 < ledger.cost[0] < ledger.nfe[0] == 4
