@@ -87,7 +87,11 @@ def suite(kind: str, small: str = "") -> Suite:
     return facts.model_copy(update={"name": f"twin-{kind}", "model": model(kind), "roles": roles})
 
 
-@cache
 def setup(kind: str, small: str = "") -> sampling.Setup:
-    """A twin, loaded."""
+    """A twin, loaded once however it is asked for: who looks whether a network changed must see the one that ran."""
+    return _setup(kind, small)
+
+
+@cache
+def _setup(kind: str, small: str) -> sampling.Setup:
     return sampling.build(suite(kind, small))

@@ -349,8 +349,13 @@ def _applied(network: nn.Module, config: Any) -> _States:
     import diffusers.hooks as hooks
     from diffusers.hooks.hooks import StateManager
 
+    lacking = f"not supported: needs blocks that {type(config).__name__.removesuffix('Config')} knows"
+    nothing = Unsupported(f"{lacking}; {type(network).__name__} has none")
     with quiet():  # as CacheMixin.enable_cache does, which not every network inherits
-        getattr(hooks, _APPLY[type(config).__name__])(network, config)
+        try:
+            getattr(hooks, _APPLY[type(config).__name__])(network, config)
+        except IndexError as error:  # it takes the first of no blocks
+            raise nothing from error
     managers: dict[int, Any] = {}
     holders = []
     for module in network.modules():
@@ -361,7 +366,7 @@ def _applied(network: nn.Module, config: Any) -> _States:
             if not found and hasattr(hook, "state"):
                 holders.append(hook)
     if not managers and not holders:
-        raise Unsupported(f"not supported: {type(config).__name__.removesuffix('Config')} finds no blocks it knows")
+        raise nothing
     return _States(list(managers.values()), holders)
 
 

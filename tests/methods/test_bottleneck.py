@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import twins
-from methods_inside import B, draw
+from methods_inside import B, ByHand, draw
 
 from evalbench import registry
 from evalbench.errors import Unsupported, UserError
@@ -56,21 +56,11 @@ def test_a_call_at_half_the_resolution_costs_what_it_computes() -> None:
     x, ledger = draw("ddim+bottleneck", 10)
     assert x.shape[1:] == twins.setup("dit").model.shape
     assert ledger.nfe[0] == ledger.evals["base"][0] == 10
-    made = twins.setup("dit")
-    config = made.door.network.config
-    d, patch = config.num_attention_heads * config.attention_head_dim, config.patch_size
-
-    def flops(side: int) -> float:
-        """By hand: embeddings and modulations per block and for the head, then what runs on every token."""
-        tokens = (side // patch) ** 2
-        per_row = (config.num_layers + 1) * (256 * d + d * d) + config.num_layers * 6 * d * d + 2 * d * d
-        per_token = config.num_layers * (12 * d * d + 2 * tokens * d) + 2 * patch * patch * d
-        return 2.0 * (per_row + tokens * per_token)
-
-    size = made.model.shape[-1]
-    assert ledger.base_flops == flops(size)
-    assert ledger.flops[0] == 5 * flops(size) + 5 * flops(size // 2)
-    assert ledger.cost[0] == pytest.approx(5 + 5 * flops(size // 2) / flops(size))
+    size = twins.setup("dit").model.shape[-1]
+    whole, half = ByHand.of("dit").whole, ByHand.of("dit", size // 2).whole
+    assert ledger.base_flops == whole
+    assert ledger.flops[0] == 5 * whole + 5 * half
+    assert ledger.cost[0] == pytest.approx(5 + 5 * half / whole)
 
 
 @pytest.mark.parametrize("solver", ["ddim", "heun", "dpm-solver++(order=2)", "unipc"])

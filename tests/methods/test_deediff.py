@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import twins
-from methods_inside import B, draw, draw_with, prepared
+from methods_inside import B, ByHand, draw, draw_with, prepared
 
 from evalbench import registry, sampling
 from evalbench.cost.ledger import Ledger
@@ -25,16 +25,10 @@ POLICIES = ("uncertainty", "fixed", "random")
 
 
 def cost(ran: int, *, head: bool = True) -> float:
-    """What a row of the twin costs after so many blocks, by hand: a multiply-add is two operations."""
-    config = twins.setup("dit").model.network.config
-    width = config["num_attention_heads"] * config["attention_head_dim"]
-    tokens, patch = (config["sample_size"] // config["patch_size"]) ** 2, config["patch_size"] ** 2
-    embedding = 2 * 256 * width + 2 * width**2  # of the time; a label is looked up
-    attention = 4 * 2 * tokens * width**2 + 2 * 2 * tokens**2 * width
-    block = embedding + 2 * width * 6 * width + attention + 2 * 2 * tokens * width * 4 * width
-    ends = 2 * 2 * tokens * width * patch + embedding + 2 * width * 2 * width
-    mapped = 2 * tokens * width**2 if head and ran < 4 else 0
-    return (ends + ran * block + mapped) / (ends + 4 * block)
+    """What a row of the twin costs after so many blocks, by hand."""
+    twin = ByHand.of("dit")
+    mapped = 2 * twin.tokens * twin.width**2 if head and ran < twin.blocks else 0
+    return (twin.ends + ran * twin.block + mapped) / twin.whole
 
 
 def artifact(kind: str = "dit", *, threshold: float = 0.5, bias: tuple[float, ...] = (), often: Any = None) -> Artifact:
@@ -268,10 +262,3 @@ def test_a_depth_of_less_than_a_block_is_refused_before_anything_runs() -> None:
 
     with pytest.raises(UserError, match=r"less than one of the network's 4 blocks; give at least 0.25$"):
         make_plan(request(twins.suite("dit"), ["ddim+deediff(depth=0.2)"], metrics=()))
-
-
-@pytest.mark.slow
-def test_it_runs_on_the_depth_of_a_large_transformer() -> None:
-    x, ledger = draw("ddim+deediff(images=4,iterations=2)", 4, "dit-xl")
-    assert torch.isfinite(x).all()
-    assert 0 < ledger.cost[0] < ledger.nfe[0] == 4

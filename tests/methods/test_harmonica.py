@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import twins
-from methods_inside import B, draw, draw_with, prepared
+from methods_inside import B, ByHand, draw, draw_with, prepared
 
 from evalbench import registry, sampling
 from evalbench.cost.ledger import Ledger
@@ -50,13 +50,9 @@ def test_a_table_that_computes_all_is_the_model_itself_to_the_bit(kind: str, gui
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_a_reused_sub_layer_is_not_paid_for(guidance: float) -> None:
-    """Against the operations of the twin's attention and feed-forward parts, by hand: a multiply-add is two."""
-    config = twins.setup("dit").model.network.config
-    width = config["num_attention_heads"] * config["attention_head_dim"]
-    tokens, patch = (config["sample_size"] // config["patch_size"]) ** 2, config["patch_size"] ** 2
-    embedding = 2 * 256 * width + 2 * width**2
-    parts = np.tile([4 * 2 * tokens * width**2 + 4 * tokens**2 * width, 16 * tokens * width**2], 4)
-    rest = 2 * 2 * tokens * width * patch + embedding + 4 * width**2 + 4 * (embedding + 12 * width**2)
+    twin = ByHand.of("dit")
+    parts = np.tile([twin.attention, twin.feed_forward], twin.blocks)
+    rest = twin.whole - parts.sum()
     table = np.random.default_rng(0).random((5, 8)) < 0.6
     table[0] = True
     x, ledger = routed(table, 5, guidance=guidance)

@@ -327,14 +327,3 @@ def test_settings_that_mean_nothing_are_refused_in_a_line(method: str) -> None:
     with pytest.raises(UserError, match=method.partition("(")[0]) as error:
         registry.build_method(f"ddim+{method}")
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["sd-1.5", "dit-xl"])
-@pytest.mark.parametrize("method", METHODS)
-def test_methods_run_on_the_depth_and_blocks_of_large_networks(kind: str, method: str) -> None:
-    names = twins.setup(kind).door.blocks.names
-    assert len(names) == {"sd-1.5": 38, "dit-xl": 28}[kind]
-    x, ledger = draw(f"ddim+{method}", 4, kind)
-    assert torch.isfinite(x).all()
-    assert 0 < ledger.cost[0] < ledger.nfe[0] == 4

@@ -122,8 +122,8 @@ def test_auto_guidance_that_skips_a_block_is_counted_by_hand() -> None:
 @pytest.mark.parametrize(
     ("kind", "method", "reason"),
     [
-        ("sd", "diffusers-cache:FirstBlockCache", "FirstBlockCache on UNet2DConditionModel: IndexError"),
-        ("sd", "diffusers-cache:TaylorSeer", "finds no blocks it knows"),
+        ("sd", "diffusers-cache:FirstBlockCache", "^not supported: needs blocks that FirstBlockCache knows; UNet2D"),
+        ("sd", "diffusers-cache:TaylorSeer", "^not supported: needs blocks that TaylorSeerCache knows; UNet2D"),
         ("sd", "diffusers-guider:AutoGuidance(layers=[1])", "AutoGuidance on UNet2DConditionModel: ValueError"),
         ("dit", "diffusers-guider:MagnitudeAwareGuidance", "MagnitudeAwareGuidance on DiTTransformer2DModel"),
     ],
