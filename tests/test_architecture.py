@@ -72,7 +72,8 @@ ARROWS: dict[str, set[str]] = {
     "sequential": {"looks", "compare", "runner"},
     "published": {"spec"},
     "report": {"store", "stats", "cost.speedup", "published"},
-    "sampling": {"models", "engine", "cost", "environment", "metrics", "prompts"},
+    "outside": {"images_in"},
+    "sampling": {"models", "engine", "cost", "environment", "metrics", "prompts", "outside"},
     "preparation": {"sampling", "metrics"},
     "worker": {"preparation", "suite_references"},
     "timing": {"sampling", "metrics"},
@@ -102,7 +103,7 @@ LEAVES = {
 }
 # The command line chooses the executor and hands it to the runner; it computes nothing itself.
 CLI_MAY_NOT = {"worker", "denoiser", "engine"}
-METHODS_MAY = {"interfaces", "paths", "predictions", "engine", "registry", "noise", "errors"}
+METHODS_MAY = {"interfaces", "paths", "predictions", "engine", "registry", "noise", "errors", "weights"}
 PICKLES = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 HEAVY = ("torch", "ray", "pandas", "matplotlib", "diffusers", "transformers", "torchmetrics", "scipy")
 
