@@ -966,7 +966,7 @@ class SampleBatch:
     """Finished samples, as extractors see them.
 
     Attributes:
-        x: samples as the solver returned them, (B, *S).
+        x: samples as the solver returned them, (B, *S); of a program, which has none, its images in [-1, 1].
         images: uint8 (B, C, H, W), by the one rounding rule; None when the model makes no images.
         cond: conditions, one per sample. model: the model that made them, for exact class posteriors and the like.
     """
