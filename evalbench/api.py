@@ -54,7 +54,7 @@ def make_request(
         save_samples: keep every image. allow_small_n: compute set distances below their least N.
         plugins: paths of Python files that register methods, metrics or models.
         model: instead of the suite's: `FILE.py:FUNCTION(argument=value)`, a folder, or an id; see `with_model`.
-        trust_remote_code: the model's checkpoint may be a pickle.
+        trust_remote_code: the model's checkpoint may be a pickle, and programs that methods name may run.
 
     Raises:
         UserError: unknown suite or measure, value out of range, missing plug-in. (Methods and metrics are checked
@@ -102,6 +102,7 @@ def make_request(
         save_samples=save_samples,
         allow_small_n=allow_small_n,
         plugins=dict(read_plugin(path) for path in plugins) | sources,
+        trust_remote_code=trust_remote_code,
     )
 
 

@@ -78,7 +78,9 @@ ShowPlan = Annotated[
 ModelText = Annotated[
     str, typer.Option("--model", help="Instead of the suite's: my_model.py:load, a diffusers folder, or an id.")
 ]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="The model's checkpoint may be a pickle.")]
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run what comes along: pickled checkpoints, programs of `command:`.")
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import os
@@ -44,12 +45,19 @@ def worker_variables() -> dict[str, str]:
     return _THREADS | keep | {name: os.environ.get(name, value) for name, value in _ALLOCATOR.items()}
 
 
+def _enter(folder: str) -> None:
+    """Work where the driver does, if this node has that folder: files that a method names are looked up there."""
+    with contextlib.suppress(OSError):
+        os.chdir(folder)
+
+
 @ray.remote(concurrency_groups={"watch": 1})  # type: ignore[call-overload]
 class _Worker:
     """What runs in an actor: the worker module, kept warm. It answers `stack` while `run` runs."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: str) -> None:
         self._thread = 0
+        _enter(folder)
 
     def environment(self) -> tuple[str, dict[str, Any]]:
         """The node this runs on, and what it computes with."""
@@ -74,6 +82,9 @@ class _Worker:
 @ray.remote
 class _Timer:
     """What runs in the actor of a latency run: it starts the timed processes, and holds the device for them."""
+
+    def __init__(self, folder: str) -> None:
+        _enter(folder)
 
     def run(self, job: LatencyJob) -> Iterator[Timing | LatencyResult]:
         yield from timing.run_latency(job)
@@ -181,7 +192,7 @@ class RayExecutor:
             num_gpus=self._share(),
             resources=placed,
             runtime_env=self._runtime,
-        ).remote()
+        ).remote(os.getcwd())
         self._made += 1
         return _Slot(self._made, actor, actor.environment.remote())
 
@@ -390,7 +401,7 @@ class RayExecutor:
         gpus = min(1, int(max((resources.get("GPU", 0) for resources in nodes), default=0)))
         timer = _Timer.options(  # type: ignore[attr-defined]
             num_cpus=whole, num_gpus=gpus, resources=placed, runtime_env={"env_vars": _THREADS}
-        ).remote()
+        ).remote(os.getcwd())
         try:
             for reference in timer.run.options(num_returns="streaming").remote(job):
                 yield ray.get(reference)

@@ -6,6 +6,7 @@ Shapes: B samples, `*S` the shape of one sample, usually (C, H, W) or (F, C, H, 
 from __future__ import annotations
 
 import copy
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -17,6 +18,8 @@ import numpy as np
 from evalbench.errors import Unsupported, UserError
 
 if TYPE_CHECKING:
+    import pathlib
+
     import torch
 
     from evalbench.noise import NoiseSource
@@ -661,13 +664,20 @@ class Method(Registered):
     Attributes:
         requires: capabilities the denoiser must provide; a pair that lacks one is a row `not supported`.
         prepares: empty, or when `prepare` runs: `once` for all budgets of a cell's settings, or `per-nfe`.
+        replaces_layers: layers of the network, or their weights, are others while it runs; two such parts in one chain
+            would undo each other and are refused.
         artifact: what `prepare` made; None before.
     """
 
     kind: ClassVar[str] = "method"
     requires: ClassVar[frozenset[str]] = frozenset()
     prepares: ClassVar[Literal["", "once", "per-nfe"]] = ""
+    replaces_layers: ClassVar[bool] = False
     artifact: Artifact | None = None
+
+    def identity(self) -> dict[str, Any]:
+        """What a cell's id hashes in place of the settings of these names: of a file its content, not where it lies."""
+        return {}
 
     def prepare(self, context: Preparation) -> Artifact:
         """Search, statistics, calibration or training before sampling; billed apart.
@@ -768,6 +778,53 @@ class Solver(Method, ABC):
         Raises:
             Unsupported: the method cannot run at this budget; the message says which it can.
         """
+
+
+PLACEHOLDER = re.compile(r"\{([a-z_]+)\}")
+PLACEHOLDERS = frozenset({"noise", "labels", "prompts", "seed", "start", "count", "nfe", "guidance", "out"})
+
+
+@dataclass(frozen=True)
+class Program:
+    """Somebody's program that makes the finished images of some samples; see `evalbench.outside`.
+
+    Attributes:
+        words: the command and its arguments, run without a shell; `{noise}` and the like are filled in.
+        folder: where it runs. env: added to the environment, filled in likewise. timeout: seconds it may take.
+        spends: what is declared of each sample, by the names of the counts: `nfe`, and maybe `depth` and `cost`.
+    """
+
+    words: tuple[str, ...]
+    folder: pathlib.Path
+    env: Mapping[str, str]
+    timeout: float
+    spends: Mapping[str, float]
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """What it is told: the names of its placeholders."""
+        return frozenset(PLACEHOLDER.findall(" ".join((*self.words, *self.env.values()))))
+
+
+class Outside(Solver):
+    """A method that runs as a program of its own, which makes finished images; its counts are declared, not measured.
+
+    Nothing stands around it, and it is not timed. It runs only where the user said `--trust-remote-code`.
+    """
+
+    @abstractmethod
+    def program(self, nfe: int, guidance: float) -> Program:
+        """What runs for a cell.
+
+        Args:
+            nfe: the budget. guidance: the scale.
+
+        Raises:
+            Unsupported: it declares more than the budget, or another guidance.
+        """
+
+    def sample(self, denoiser: Denoiser, x_T: torch.Tensor, cond: Cond, nfe: int, noise: NoiseSource) -> torch.Tensor:
+        raise Unsupported(f"not supported: {self.name} makes finished images, no states to go on from")
 
 
 class Wrap(Method, ABC):
@@ -909,7 +966,7 @@ class SampleBatch:
     """Finished samples, as extractors see them.
 
     Attributes:
-        x: samples as the solver returned them, (B, *S).
+        x: samples as the solver returned them, (B, *S); of a program, which has none, its images in [-1, 1].
         images: uint8 (B, C, H, W), by the one rounding rule; None when the model makes no images.
         cond: conditions, one per sample. model: the model that made them, for exact class posteriors and the like.
     """

@@ -10,7 +10,7 @@ from typing import Any
 from evalbench import conventions, registry, sampling, starts, worker
 from evalbench.cost.budget import BudgetUnit
 from evalbench.errors import UserError
-from evalbench.interfaces import Metric
+from evalbench.interfaces import Metric, Outside
 from evalbench.reduce import paired_parts, parts_of
 from evalbench.spec import Cell, Chunk, Solution, Suite, chunks_of, content_id
 from evalbench.suite_references import why_missing
@@ -27,7 +27,7 @@ class Request:
         metrics: metric ids. measure: `quality`, `latency`.
         effort: how much a latency run measures. variant: text of how it executes networks; empty is as quality runs.
         save_samples: keep every image. allow_small_n: see `reduce_cell`.
-        plugins: file name -> source.
+        plugins: file name -> source. trust_remote_code: programs that methods name may run.
     """
 
     suite: Suite
@@ -43,6 +43,7 @@ class Request:
     save_samples: bool = False
     allow_small_n: bool = False
     plugins: Mapping[str, str] = field(default_factory=dict)
+    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,10 +77,23 @@ class Plan:
     @cached_property
     def parts(self) -> dict[str, tuple[str, ...]]:
         """Extractors to run, by cell id (fine solutions included)."""
-        wanted = {cell.id: set(parts_of(self.metrics)) for cell in self.cells}
+        wanted = {cell.id: set(parts_of(self.metrics)) - self._unseen(cell) for cell in self.cells}
         for cell in self.solutions.values():
             wanted.setdefault(cell.id, set()).update(paired_parts(self.metrics))
         return {cell_id: tuple(sorted(parts)) for cell_id, parts in wanted.items()}
+
+    def metrics_of(self, cell: Cell) -> tuple[tuple[Metric[Any], ...], dict[str, str]]:
+        """What can be computed of a cell, and why the other metrics cannot, by id."""
+        unseen = self._unseen(cell)
+        usable = tuple(metric for metric in self.metrics if not unseen.intersection(metric.needs))
+        why = f"{cell.method} makes finished images, and this reads states" if unseen else ""
+        return usable, {**self.unavailable, **{m.id: why for m in self.metrics if m not in usable}}
+
+    def _unseen(self, cell: Cell) -> set[str]:
+        """Extractors that read what a cell does not have: the states of a program that makes images."""
+        if not isinstance(registry.build_method(cell.method).solver, Outside):
+            return set()
+        return {name for name in parts_of(self.metrics) if "x" in registry.get("extractor", name).needs}  # type: ignore[attr-defined]
 
     @cached_property
     def work(self) -> tuple[Cell, ...]:
@@ -151,9 +165,14 @@ def make_plan(request: Request) -> Plan:
 
 
 def _check_methods(request: Request, cells: Iterable[Cell]) -> None:
-    """Refuse settings that name a block or a step that does not exist."""
+    """Refuse settings that name a block or a step that does not exist, and programs that nobody trusts."""
     wanted = {(cell.method, cell.nfe) for cell in cells}
     chains = {method: registry.build_method(method) for method, _ in wanted}
+    for method in sorted(method for method, chain in chains.items() if isinstance(chain.solver, Outside)):
+        if not request.trust_remote_code:
+            raise UserError(f"'{method}' runs somebody's program; if you trust it: --trust-remote-code")
+        if "latency" in request.measure:
+            raise UserError(f"'{method}' runs as a program of its own and cannot be timed; leave out --measure latency")
     inside = any({"network", "blocks", "split"} & chain.requires for chain in chains.values())
     facts = request.suite.model
     depth = registry.build_model(facts.loader, facts.options).depth() if inside else 0

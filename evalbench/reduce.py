@@ -158,4 +158,4 @@ def joined(blocks: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
 def count_means(counts: Mapping[str, np.ndarray]) -> dict[str, float]:
     """Means of counts over samples, and the 95th percentile of nfe; what is not finite for every sample stays out."""
     means = {name: float(values.mean()) for name, values in counts.items() if np.isfinite(values).all()}
-    return means | ({"nfe_p95": float(np.percentile(counts["nfe"], 95))} if "nfe" in counts else {})
+    return means | ({"nfe_p95": float(np.percentile(counts["nfe"], 95))} if "nfe" in means else {})

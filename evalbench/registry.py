@@ -34,6 +34,7 @@ from evalbench.interfaces import (
     Metric,
     Model,
     Modifier,
+    Outside,
     Registered,
     Solver,
     Wrap,
@@ -197,7 +198,9 @@ def read_plugin(path: str) -> tuple[str, str]:
 
 # --- method chains --------------------------------------------------------------------------------------------------
 
-_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(?::[A-Za-z0-9][\w./-]*)?(?:\+\+)?")
+# `name`, or `prefix:rest`; a rest that holds anything but letters, digits and `. _ - /` stands in double quotes
+_PLAIN = r"[\w./-]+"
+_NAME = re.compile(rf'[A-Za-z0-9][\w.-]*(?::(?:{_PLAIN}|"[^"]*"))?(?:\+\+)?')
 
 
 @dataclass(frozen=True)
@@ -247,7 +250,10 @@ class Chain:
 
     def settings(self) -> list[dict[str, Any]]:
         """Every part with its version and all settings, defaults included: what a cell's id hashes."""
-        return [{"name": part_name(part), "version": part.version, **_settings(part)} for part in self.parts]
+        return [
+            {"name": part_name(part), "version": part.version, **_settings(part), **part.identity()}
+            for part in self.parts
+        ]
 
     @property
     def requires(self) -> frozenset[str]:
@@ -270,15 +276,16 @@ class Chain:
 def part_name(part: Method) -> str:
     """The name a part was asked for: `ddim`, or `diffusers:DDIMScheduler` for a member of a family."""
     if part.name.endswith(":*"):
-        return f"{part.name[:-1]}{getattr(part, 'target', '')}"
+        target = getattr(part, "target", "")
+        return part.name[:-1] + (target if re.fullmatch(_PLAIN, target) else f'"{target}"')
     return part.name
 
 
 def parse_methods(text: str) -> list[str]:
-    """Split `a(x=1,y=2),b` at the commas outside parentheses.
+    """Split `a(x=1,y=2),b` at the commas outside parentheses and double quotes.
 
     Raises:
-        UserError: unbalanced parentheses, or an empty entry.
+        UserError: unbalanced parentheses or quotes, or an empty entry.
     """
     entries = [entry.strip() for entry in _split(text, ",")]
     if any(not entry for entry in entries):
@@ -289,8 +296,11 @@ def parse_methods(text: str) -> list[str]:
 def build_method(text: str) -> Chain:
     """Parse `solver(x=1)+wrap(y=2)` and build its parts with typed settings.
 
+    Where a part is a file, `lora:loras/style.safetensors`, a path with spaces, commas, parentheses or `+` in it stands
+    in double quotes: `lora:"my loras/style (1).safetensors"(scale=0.5)`.
+
     Raises:
-        UserError: unbalanced parentheses, unknown name or setting, wrong type, no solver or two of them.
+        UserError: unbalanced parentheses or quotes, unknown name or setting, wrong type, no solver or two of them.
     """
     parts = [_build_part("method", name, args) for name, args in _tokens(text)]
     solvers = [part for part in parts if isinstance(part, Solver)]
@@ -298,7 +308,20 @@ def build_method(text: str) -> Chain:
     if len(solvers) != 1:
         found = ", ".join(part.name for part in solvers) or "none"
         raise UserError(f"method '{text}' needs exactly one solver, found {found}; write solver(...)+wrap(...)")
+    _check_company(text, solvers[0], others)
     return Chain(solvers[0], others)
+
+
+def _check_company(text: str, solver: Solver, others: Sequence[Method]) -> None:
+    """Refuse parts that would quietly undo each other."""
+    if isinstance(solver, Outside) and others:
+        raise UserError(
+            f"method '{text}': {part_name(solver)} is a program of its own, nothing stands around it; leave out "
+            f"{', '.join(part_name(part) for part in others)}"
+        )
+    replacing = [part_name(part) for part in (solver, *others) if part.replaces_layers]
+    if len(replacing) > 1:
+        raise UserError(f"method '{text}': {' and '.join(replacing)} replace layers of one network; leave one out")
 
 
 def build_guidance(scale: float) -> Wrap:
@@ -357,16 +380,20 @@ def build_model(name: str, options: Mapping[str, Any]) -> Model:
 
 
 def _split(text: str, separator: str) -> list[str]:
-    depth, entries, current = 0, [], ""
+    depth, entries, current, quoted = 0, [], "", False
     for character in text:
-        depth += (character in "([") - (character in ")]")
+        quoted ^= character == '"'
+        if not quoted:
+            depth += (character in "([") - (character in ")]")
         if depth < 0:
             break
-        if character == separator and depth == 0:
+        if character == separator and depth == 0 and not quoted:
             entries.append(current)
             current = ""
         else:
             current += character
+    if quoted:
+        raise UserError(f"unbalanced quotes in '{text}'; every '\"' needs its '\"'")
     if depth != 0:
         raise UserError(f"unbalanced parentheses in '{text}'; every '(' needs its ')'")
     return [*entries, current]
@@ -395,9 +422,11 @@ def _tokens(text: str) -> list[tuple[str, str | None]]:
 
 def _argument_text(rest: str) -> str:
     """What stands between the first parenthesis of `rest` and its partner."""
-    depth = 0
+    depth, quoted = 0, False
     for i, character in enumerate(rest):
-        depth += (character == "(") - (character == ")")
+        quoted ^= character == '"'
+        if not quoted:
+            depth += (character == "(") - (character == ")")
         if depth == 0:
             return rest[1:i]
     raise UserError(f"unbalanced parentheses in '{rest}'")
@@ -407,7 +436,7 @@ def _build_part(kind: str, name: str, args: str | None) -> Method:
     cls = get(kind, name)
     settings: dict[str, Any] = {}
     if cls.name.endswith(":*"):
-        settings["target"] = name.partition(":")[2]
+        settings["target"] = name.partition(":")[2].strip('"')
     for key, value in parse_arguments(args or "", where=name).items():
         settings[key] = value
     return _construct(cls, name, settings)  # type: ignore[no-any-return]
@@ -482,4 +511,6 @@ def _value_text(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, list | tuple):
         return f"[{','.join(_value_text(v) for v in value)}]"
+    if isinstance(value, str) and _literal(value) != value:  # a text that would be read as a number
+        return f'"{value}"'
     return str(value)

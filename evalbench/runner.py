@@ -27,7 +27,7 @@ from evalbench.observer import Observer, Silent
 from evalbench.plan import Plan, Request, make_cell, make_plan, unique
 from evalbench.reduce import parts_of, reduce_cell
 from evalbench.shards import Claims, Shard
-from evalbench.spec import Cell, Chunk, Failure, Record, content_id
+from evalbench.spec import DECLARED, Cell, Chunk, Failure, MetricValue, Record, content_id
 from evalbench.store import DamagedChunk, Store, open_run
 from evalbench.timing import LIGHT, LatencyJob, LatencyResult
 from evalbench.worker import ChunkResult, Job, JobFailure, Outcome, PreparedResult, PrepareJob
@@ -422,6 +422,7 @@ class _Loop:
             status = "unsupported" if failed.unsupported else "error"
             return Record(**base, status=status, failure=failed.failure)
         chunks = self.plan.chunks(cell)
+        metrics, missing = self.plan.metrics_of(cell)
         fine = None if solution is None or solution.id in self._failed else self.plan.chunks(solution)
         made_in = (self.store.chunk_facts(chunks[0]) or {}).get("environment", {})
         try:
@@ -429,7 +430,7 @@ class _Loop:
                 self.store,
                 chunks,
                 fine,
-                self.plan.metrics,
+                metrics,
                 lambda key: self._reference(cell, key),
                 allow_small_n=self.plan.request.allow_small_n,
             )
@@ -439,8 +440,8 @@ class _Loop:
         return Record(
             **base,
             status="ok",
-            metrics=found.metrics,
-            missing={**found.missing, **self.plan.unavailable},
+            metrics=_noted(found.metrics, found.counts),
+            missing={**found.missing, **missing},
             counts=found.counts,
             bill=self._artifacts.bill(cell),
             environment=made_in,
@@ -559,6 +560,17 @@ class _Loop:
         if isinstance(outcome, Failure):
             return Record(**base, status="unsupported" if result.unsupported else "error", failure=outcome)
         return Record(**base, status="ok", latency=outcome)
+
+
+def _noted(metrics: Mapping[str, MetricValue], counts: Mapping[str, float]) -> dict[str, MetricValue]:
+    """Metrics of a cell; beside those of one whose evaluations nobody counted, in every table, stands that."""
+    if f"nfe{DECLARED}" not in counts:
+        return dict(metrics)
+    said = f"NFE {counts[f'nfe{DECLARED}']:g} declared, not counted"
+    return {
+        name: value.model_copy(update={"note": "; ".join(filter(None, (value.note, said)))})
+        for name, value in metrics.items()
+    }
 
 
 def _announcement(job: LatencyJob) -> str:

@@ -6,16 +6,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 
-from evalbench import environment, registry, warm
+from evalbench import environment, outside, registry, warm
 from evalbench.cost.breakdown import Stopwatch, span
 from evalbench.cost.budget import BudgetUnit, nfe_of_budget, rows_per_evaluation
 from evalbench.cost.ledger import Ledger
 from evalbench.cost.variants import Variant
 from evalbench.denoiser import Field, NetworkDoor
 from evalbench.errors import BadSamples, Unsupported, UserError
-from evalbench.interfaces import Cond, Denoiser, Model
+from evalbench.interfaces import Cond, Denoiser, Model, Outside
 from evalbench.metrics.images import to_uint8
 from evalbench.noise import NoiseSource
 from evalbench.paths import Path as NoisePath
@@ -130,8 +131,7 @@ def sample(setup: Setup, chain: Chain, cell: Cell, indices: Sequence[int], cond:
         Unsupported: the model lacks a capability the method requires.
         BudgetExceeded: the method spent more than the cell's budget.
     """
-    origin = origin_of(setup.suite.sampling.noise, setup.model.shape)
-    noise = NoiseSource(cell.seed, indices, setup.model.shape, setup.dtype, setup.device, origin=origin)
+    noise = _noise(setup, cell, indices)
     setup.door.ledger = ledger
     field = Field(wrapped(setup.door, chain, cell.guidance), ledger)
     x_T = setup.model.start(noise, setup.path)
@@ -139,6 +139,40 @@ def sample(setup: Setup, chain: Chain, cell: Cell, indices: Sequence[int], cond:
         x = chain.sampler.sample(field, x_T, cond, cell.nfe, noise)
     _check_shape(x, x_T, chain)
     return x
+
+
+def delivered(setup: Setup, solver: Outside, cell: Cell, indices: range) -> tuple[np.ndarray, Mapping[str, float]]:
+    """Images of global indices by a program, uint8 (n, C, H, W), and what is declared of each; see `evalbench.outside`.
+
+    Raises:
+        Unsupported: the model makes no images, or the program cannot be told what the suite asks.
+    """
+    model, name = setup.model, registry.part_name(solver)
+    cond = conditions(setup.suite, model, indices, setup.device)
+    if not model.is_image or cond.measured is not None:
+        raise Unsupported(
+            f"not supported: {name} makes images from noise, and suite '{setup.suite.name}' asks for more"
+        )
+    program = solver.program(cell.nfe, cell.guidance)
+    noise = _noise(setup, cell, indices)
+    task = outside.Task(
+        name=name,
+        seed=cell.seed,
+        start=indices.start,
+        nfe=cell.nfe,
+        guidance=cell.guidance,
+        noise=model.start(noise, setup.path).cpu().numpy(),
+        labels=None if cond.labels is None else cond.labels.tolist(),
+        prompts=cond.captions,
+        shape=setup.suite.image or model.image_shape,
+    )
+    return outside.images_of(program, task), program.spends
+
+
+def _noise(setup: Setup, cell: Cell, indices: Sequence[int]) -> NoiseSource:
+    """The random numbers of global indices; x_T is what the suite says."""
+    origin = origin_of(setup.suite.sampling.noise, setup.model.shape)
+    return NoiseSource(cell.seed, indices, setup.model.shape, setup.dtype, setup.device, origin=origin)
 
 
 def wrapped(door: Denoiser, chain: Chain, guidance: float, wraps: int | None = None) -> Denoiser:

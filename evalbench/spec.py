@@ -18,6 +18,7 @@ from evalbench.errors import EvalbenchError, UserError, unknown
 
 SCHEMA = 1
 GRID_SAMPLES = 64  # the first images of a cell are always kept, for grids and galleries
+DECLARED = "_declared"  # ends the name of a count that is somebody's word, not measured
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
@@ -538,7 +539,8 @@ class Record(Frozen):
     Attributes:
         protocol: hash of all that makes numbers comparable; protocol_facts: what was hashed.
         samples: N. metrics: by id. missing: metrics that have no value, by id, with the reason.
-        counts: per-sample means: nfe, nfe_p95, depth, cost, flops, evals.ROLE.
+        counts: per-sample means: nfe, nfe_p95, depth, cost, flops, evals.ROLE; of a method that runs as a program of
+            its own nfe_declared (and cost, depth likewise) in their place: what its authors say, not measured.
         bill: what preparation spent in all, once: nfe, evals.ROLE, backward, cost, flops, and seconds.
         seconds: wall time of the chunks. environment: versions, device, threads, fingerprint class.
         latency: one entry per batch size. variant: of a latency record; empty in a quality record.

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import math
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -20,14 +21,14 @@ import torch
 from evalbench import environment, registry, starts, warm
 from evalbench.cost.ledger import Ledger
 from evalbench.errors import BadSamples, Unsupported, UserError, some
-from evalbench.interfaces import Artifact, Cond, Extractor, Model, Parts, SampleBatch
+from evalbench.interfaces import Artifact, Cond, Extractor, Model, Outside, Parts, SampleBatch
 from evalbench.metrics.common import CLUSTER
 from evalbench.metrics.images import check_finite, check_images, to_uint8
 from evalbench.preparation import Prepared, prepare
 from evalbench.prompts import read_prompts
 from evalbench.registry import Chain
-from evalbench.sampling import Setup, conditions, decoded_of, noise_path, sample, setup_of
-from evalbench.spec import GRID_SAMPLES, Cell, Chunk, Failure, Suite
+from evalbench.sampling import Setup, conditions, decoded_of, delivered, noise_path, sample, setup_of
+from evalbench.spec import DECLARED, GRID_SAMPLES, Cell, Chunk, Failure, Suite
 from evalbench.suite_references import check_reference_file, read_reference, why_missing
 
 _DIGEST = "digest"  # the array of a batch that becomes a fact of the chunk
@@ -189,8 +190,9 @@ def _compute(job: Job, setup: Setup, extractors: Mapping[str, Extractor]) -> dic
     chain = registry.build_method(job.cell.method).equipped(job.artifacts)
     start, stop = job.chunk.start, job.chunk.stop
     batch = job.suite.sampling.batch
+    draw = _draws(job, setup, chain)
     blocks = [
-        _batch(job, setup, chain, extractors, range(first, first + batch), min(batch, stop - first))
+        _batch(job, setup, draw, extractors, range(first, first + batch), min(batch, stop - first))
         for first in range(start, stop, batch)
     ]
     return {name: np.concatenate([_column(block, name) for block in blocks]) for name in _names(blocks)}
@@ -213,20 +215,66 @@ def _column(block: Mapping[str, np.ndarray], name: str) -> np.ndarray:
     return np.zeros(len(block["count:nfe"])) if missing_count else block[name]
 
 
+class _Drawn(NamedTuple):
+    """A batch of samples.
+
+    Attributes:
+        x: samples, (B, *S). images: uint8 (B, C, H, W); None when there are none.
+        decoded: what was rounded to them; None when nothing was. counts: per sample, by name, each (B,).
+    """
+
+    x: torch.Tensor
+    images: torch.Tensor | None
+    decoded: torch.Tensor | None
+    counts: dict[str, np.ndarray]
+
+
+Draw: TypeAlias = Callable[[range, Cond], _Drawn]
+
+
+def _draws(job: Job, setup: Setup, chain: Chain) -> Draw:
+    """How the samples of global indices are had: drawn batch by batch, or from the chunk that a program has made."""
+    if isinstance(chain.solver, Outside):
+        return _delivery(job, setup, chain.solver)
+
+    def draw(indices: range, cond: Cond) -> _Drawn:
+        ledger = Ledger(len(indices), budget=job.cell.nfe)
+        x = sample(setup, chain, job.cell, indices, cond, ledger)
+        decoded = decoded_of(setup.model, x)
+        return _Drawn(x, None if decoded is None else to_uint8(decoded), decoded, _counts(ledger))
+
+    return draw
+
+
+def _delivery(job: Job, setup: Setup, solver: Outside) -> Draw:
+    """Images of a chunk that a program made, by batch; a short one is filled up with its last image."""
+    chunk = range(job.chunk.start, job.chunk.stop)
+    images, spends = delivered(setup, solver, job.cell, chunk)
+
+    def draw(indices: range, cond: Cond) -> _Drawn:
+        rows = np.minimum(np.array(indices), chunk[-1]) - chunk.start
+        found = torch.from_numpy(images[rows]).to(setup.device)
+        # nothing was counted, and what is declared has names of its own
+        counts = {name: np.full(len(rows), math.nan) for name in ("nfe", "cost", "flops", "depth")}
+        counts |= {f"{name}{DECLARED}": np.full(len(rows), float(value)) for name, value in spends.items()}
+        x = found.to(setup.dtype) / 127.5 - 1.0
+        return _Drawn(x, found, None, {f"count:{name}": values for name, values in counts.items()})
+
+    return draw
+
+
 def _batch(
     job: Job,
     setup: Setup,
-    chain: Chain,
+    draw: Draw,
     extractors: Mapping[str, Extractor],
     indices: range,
     keep: int,
 ) -> dict[str, np.ndarray]:
     """Samples of the given global indices and what the extractors make of them; the first `keep` rows count."""
     cond = conditions(job.suite, setup.model, indices, setup.device)
-    ledger = Ledger(len(indices), budget=job.cell.nfe)
-    x = sample(setup, chain, job.cell, indices, cond, ledger)
-    decoded = decoded_of(setup.model, x)
-    batch = SampleBatch(x, None if decoded is None else to_uint8(decoded), cond, setup.model)
+    x, images, decoded, counts = draw(indices, cond)
+    batch = SampleBatch(x, images, cond, setup.model)
     repeated = starts.repeats(job.suite, setup.model.shape, indices[:keep])
     _check(batch, decoded, indices[:keep], repeated)
     with torch.no_grad():
@@ -237,7 +285,7 @@ def _batch(
         arrays[_DIGEST] = np.where(repeated, _REPEAT, _digests(x[:keep]))
     return (
         arrays
-        | _counts(ledger, keep)
+        | {name: values[:keep] for name, values in counts.items()}
         | _prompted(job.suite, cond, setup.model, indices[:keep])
         | _kept_images(batch, indices, keep, job.keep_images)
     )
@@ -245,13 +293,14 @@ def _batch(
 
 def _check(batch: SampleBatch, decoded: torch.Tensor | None, ids: Sequence[int], repeated: Sequence[bool]) -> None:
     """A bad sample is an error of the cell that names it, never silently dropped; a planned repeat may be a copy."""
-    if batch.images is None or decoded is None:
+    if batch.images is None:
         check_finite(batch.x[: len(ids)], ids)
         return
     own = [row for row, again in enumerate(repeated) if not again]
     for rows in (own, *([row] for row, again in enumerate(repeated) if again)):
         if rows:
-            check_images(batch.images[rows], batch.x[rows], decoded=decoded[rows], ids=[ids[row] for row in rows])
+            exact = None if decoded is None else decoded[rows]
+            check_images(batch.images[rows], batch.x[rows], decoded=exact, ids=[ids[row] for row in rows])
 
 
 def _check_features(name: str, rows: np.ndarray, ids: Sequence[int]) -> None:
@@ -262,14 +311,14 @@ def _check_features(name: str, rows: np.ndarray, ids: Sequence[int]) -> None:
         raise BadSamples(f"features '{name}' are NaN or infinite for {len(bad)} of {len(ids)} samples ({some(bad)})")
 
 
-def _counts(ledger: Ledger, keep: int) -> dict[str, np.ndarray]:
+def _counts(ledger: Ledger) -> dict[str, np.ndarray]:
     counts = {"nfe": ledger.nfe, "cost": ledger.cost, "flops": ledger.flops}
     counts |= {f"evals.{role}": evals for role, evals in ledger.evals.items()}
     counts |= {f"aux.{role}": rows for role, rows in ledger.aux.items()}
     if ledger.backward.any():
         counts["backward"] = ledger.backward
     counts["depth"] = np.full(ledger.batch, float(ledger.depth))
-    return {f"count:{name}": values[:keep] for name, values in counts.items()}
+    return {f"count:{name}": values for name, values in counts.items()}
 
 
 def _prompted(suite: Suite, cond: Cond, model: Model, indices: Sequence[int]) -> dict[str, np.ndarray]:

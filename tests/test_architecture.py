@@ -73,8 +73,9 @@ ARROWS: dict[str, set[str]] = {
     "sequential": {"looks", "compare", "runner"},
     "published": {"spec"},
     "report": {"store", "stats", "cost.speedup", "published"},
+    "outside": {"images_in"},
     "warm": {"environment", "cost"},
-    "sampling": {"warm", "models", "engine", "cost", "environment", "metrics", "prompts", "starts"},
+    "sampling": {"warm", "models", "engine", "cost", "environment", "metrics", "prompts", "starts", "outside"},
     "preparation": {"sampling", "metrics"},
     "worker": {"preparation", "suite_references"},
     "timing": {"sampling", "metrics"},
@@ -105,7 +106,7 @@ LEAVES = {
 }
 # The command line chooses the executor and hands it to the runner; it computes nothing itself.
 CLI_MAY_NOT = {"worker", "denoiser", "engine"}
-METHODS_MAY = {"interfaces", "paths", "predictions", "engine", "registry", "noise", "errors"}
+METHODS_MAY = {"interfaces", "paths", "predictions", "engine", "registry", "noise", "errors", "weights"}
 PICKLES = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 HEAVY = ("torch", "ray", "pandas", "matplotlib", "diffusers", "transformers", "torchmetrics", "scipy")
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from evalbench.errors import UserError, unknown
+from evalbench.errors import Unsupported, UserError, unknown
 from evalbench.interfaces import After, Around, Blocks, Edit, Features, Split, both
 
 # Faster Diffusion takes 18 of DiT-XL's 28 blocks for the encoder
@@ -428,6 +428,22 @@ class UNetBlocks(DiffusersBlocks):
         return _Parted(self, encoder, [f"up_blocks.{i}" for i in range(len(network.up_blocks))], {})
 
 
+class UnknownBlocks(DiffusersBlocks):
+    """Any other class: its modules can be replaced and run otherwise, it shows no blocks."""
+
+    def _find(self) -> Iterable[str]:
+        return ()
+
+    def parts(self, name: str) -> tuple[str, ...]:
+        return ()
+
+    def _skipped(self, module: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        raise Unsupported("not supported: needs blocks")
+
+    def split(self, at: int | None = None) -> Split:
+        raise Unsupported("not supported: needs split")
+
+
 _KINDS: dict[str, type[DiffusersBlocks]] = {
     "DiTTransformer2DModel": TransformerBlocks,
     "SD3Transformer2DModel": JointBlocks,
@@ -436,15 +452,8 @@ _KINDS: dict[str, type[DiffusersBlocks]] = {
 
 
 def blocks_of(network: torch.nn.Module) -> Blocks:
-    """The inside of a network of diffusers.
-
-    Raises:
-        UserError: a class whose blocks are not known.
-    """
-    name = type(network).__name__
-    if name not in _KINDS:
-        raise unknown("network class", name, _KINDS)
-    return _KINDS[name](network)
+    """The inside of a network of diffusers."""
+    return _KINDS.get(type(network).__name__, UnknownBlocks)(network)
 
 
 def capabilities(name: str) -> frozenset[str]:
@@ -461,9 +470,11 @@ def capabilities(name: str) -> frozenset[str]:
 
 
 def depth_of(config: Mapping[str, Any]) -> int:
-    """Number of blocks of a network by its configuration; nothing is allocated."""
+    """Number of blocks of a network by its configuration, 0 where they are not known; nothing is allocated."""
     import diffusers
 
+    if config["_class_name"] not in _KINDS:
+        return 0
     kind = getattr(diffusers, str(config["_class_name"]))
     with torch.device("meta"):
         return len(blocks_of(kind.from_config(dict(config))).names)

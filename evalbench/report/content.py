@@ -128,7 +128,8 @@ def _primary_cell(block: Block, metric: str, row: Row | None, best: Row | None) 
 
 def full_table(block: Block) -> Table:
     """Every row with its counts and all metrics; the last rows hold the floors and what spoiled samples score."""
-    counts = ("NFE used", "evals", "depth", "cost", "FLOPs")
+    declared = any(row.declared for row in block.rows)
+    counts = ("NFE used", "evals", "depth", "cost", "FLOPs", *(["declared"] if declared else []))
     header = ("method", "NFE", *map(block.heading, block.metrics), *counts, "status")
     rows = [
         (
@@ -136,6 +137,7 @@ def full_table(block: Block) -> Table:
             Shown(str(row.nfe), row.nfe),
             *(_metric_cell(block, row, metric) for metric in block.metrics),
             *_count_cells(row),
+            *([_declared_cell(row)] if declared else []),
             Shown(STATUS_WORDS[row.status] or "ok", None, "" if row.status == "ok" else "error"),
         )
         for row in block.rows
@@ -172,6 +174,12 @@ def _count_cells(row: Row) -> list[Shown]:
         Shown(number(cost), cost),
         Shown(count(flops), flops),
     ]
+
+
+def _declared_cell(row: Row) -> Shown:
+    """What its authors say that a program spends: never in a column of what was counted."""
+    said = [f"{name} {number(value)}" for name, value in row.declared.items()]
+    return Shown(", ".join(said) if said else MISSING)
 
 
 def footnotes(block: Block) -> tuple[str, ...]:

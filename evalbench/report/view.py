@@ -13,7 +13,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from evalbench.report.text import first_line, number, plus_minus
-from evalbench.spec import Floor, MetricValue, Record, Suite, content_id
+from evalbench.spec import DECLARED, Floor, MetricValue, Record, Suite, content_id
 from evalbench.stats import normal_interval
 
 _PER_SEED = ("seed", "seeds")  # protocol facts that may differ between the cells one mean is taken over
@@ -67,6 +67,12 @@ class Row:
         """Mean over seeds of a count such as `nfe` or `cost`; None when no record has it."""
         values = [r.counts[name] for r in self.records if r.status == "ok" and name in r.counts]
         return fmean(values) if values else None
+
+    @property
+    def declared(self) -> dict[str, float]:
+        """Counts that nobody measured, by name: `nfe`, and maybe `depth` and `cost`."""
+        names = (name for name in ("nfe", "depth", "cost") if self.mean_count(f"{name}{DECLARED}") is not None)
+        return {name: self.mean_count(f"{name}{DECLARED}") or 0.0 for name in names}
 
     @property
     def evals(self) -> float | None:

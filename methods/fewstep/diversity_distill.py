@@ -36,6 +36,7 @@ class DiversityDistill(Solver):
     """
 
     requires = frozenset({"network", "gradient"})
+    replaces_layers = True
     prepares: ClassVar[Literal["", "once", "per-nfe"]] = "once"
 
     steps: int = 4

@@ -31,6 +31,7 @@ class MMDDDM(Wrap):
     """
 
     requires = frozenset({"network", "gradient"})
+    replaces_layers = True
     prepares: ClassVar[Literal["", "once", "per-nfe"]] = "per-nfe"
 
     iterations: int = 100

@@ -46,6 +46,7 @@ class Quant(Wrap):
     """
 
     requires = frozenset({"network"})
+    replaces_layers = True
 
     target: str
     config: str = "int8wo"

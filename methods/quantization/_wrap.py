@@ -15,7 +15,6 @@ from evalbench.interfaces import (
     Artifact,
     Cond,
     Denoiser,
-    DenoiserWrap,
     Edit,
     NetworkWrap,
     Share,
@@ -43,6 +42,7 @@ class Quantisation(Wrap):
     """A wrap that prepares one plan per layer. Other roles of the suite keep their precision."""
 
     requires = frozenset({"network"})
+    replaces_layers = True
     prepares: ClassVar[Literal["", "once", "per-nfe"]] = "once"
 
     def wrap(self, denoiser: Denoiser) -> Denoiser:
@@ -58,9 +58,6 @@ class Quantised(NetworkWrap):
     Args:
         modules: what stands in, by name. groups: equal shares of the path's time; a call's time names the group.
         key: names the replacement where it changes what is computed, such as a table instead of layers.
-
-    Raises:
-        Unsupported: the network is quantised already, by another part of the chain.
     """
 
     def __init__(
@@ -68,10 +65,6 @@ class Quantised(NetworkWrap):
     ) -> None:
         super().__init__(inner)
         self.modules, self.groups, self.key = modules, groups, key
-        while isinstance(inner, DenoiserWrap):
-            if isinstance(inner, Quantised):  # the second would quietly have calibrated what the first left over
-                raise Unsupported("not supported: two quantisations in one chain; leave one out")
-            inner = inner.inner
 
     def __call__(
         self,

@@ -243,13 +243,17 @@ def test_mixed_precision_spares_the_more_sensitive_half() -> None:
     ("kind", "method", "reason"),
     [
         ("dit", f"ddim+tfmq({SMALL})", "not supported: needs time features"),
-        ("dit", f"ddim+vidit-q({SMALL})+ptq4dm({SMALL})", "not supported: two quantisations in one chain"),
     ],
 )
 def test_what_cannot_be_is_refused_with_its_reason(kind: str, method: str, reason: str) -> None:
     with pytest.raises(Unsupported, match=reason):
         sampled(kind, method)
     assert not any(isinstance(module, FakeQuant) for module in twins.setup(kind).door.network.modules())
+
+
+def test_two_quantisations_in_one_chain_are_refused() -> None:
+    with pytest.raises(UserError, match="vidit-q and ptq4dm replace layers of one network; leave one out"):
+        registry.build_method(f"ddim+vidit-q({SMALL})+ptq4dm({SMALL})")
 
 
 def test_a_gradient_through_rounding_is_refused() -> None:
