@@ -85,7 +85,7 @@ def plain(kind: str) -> tuple[torch.Tensor, Ledger]:
 def test_a_method_runs_costs_what_its_kind_costs_and_leaves_nothing_behind(
     kind: str, method: str, cost: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preparation, "_REFERENCE_SAMPLES", 500)  # of a search, which finds nothing worth having here
+    monkeypatch.setattr(preparation, "_REFERENCE_SAMPLES", 100)  # of a search, which finds nothing worth having here
     network = twins.setup(kind, PARTNERS[kind]).door.network
     before = {name: value.clone() for name, value in network.state_dict().items()}
     modules = dict(network.named_modules())
