@@ -410,6 +410,7 @@ class _Loop:
             missing={**found.missing, **self.plan.unavailable},
             counts=found.counts,
             bill=self._artifacts.bill(cell),
+            footprint=self._artifacts.footprint(cell),
             environment=made_in,
         )
 

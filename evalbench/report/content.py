@@ -33,6 +33,7 @@ SPOILED = {
     "duplicated": "perfect, half of them copies",
     "itself": "the reference itself",
 }
+_FOOTPRINT = ("weight bits", "activation bits", "weight MB", "BOPs")
 STATUS_WORDS = {"error": "error", "unsupported": "not supported", "ok": ""}
 
 
@@ -128,7 +129,8 @@ def _primary_cell(block: Block, metric: str, row: Row | None, best: Row | None) 
 
 def full_table(block: Block) -> Table:
     """Every row with its counts and all metrics; the last rows hold the floors and what spoiled samples score."""
-    counts = ("NFE used", "evals", "depth", "cost", "FLOPs")
+    quantised = any(row.footprint for row in block.rows)
+    counts = ("NFE used", "evals", "depth", "cost", "FLOPs", *(_FOOTPRINT if quantised else ()))
     header = ("method", "NFE", *map(block.heading, block.metrics), *counts, "status")
     rows = [
         (
@@ -136,6 +138,7 @@ def full_table(block: Block) -> Table:
             Shown(str(row.nfe), row.nfe),
             *(_metric_cell(block, row, metric) for metric in block.metrics),
             *_count_cells(row),
+            *(_footprint_cells(row) if quantised else ()),
             Shown(STATUS_WORDS[row.status] or "ok", None, "" if row.status == "ok" else "error"),
         )
         for row in block.rows
@@ -171,6 +174,16 @@ def _count_cells(row: Row) -> list[Shown]:
         Shown(number(depth), depth),
         Shown(number(cost), cost),
         Shown(count(flops), flops),
+    ]
+
+
+def _footprint_cells(row: Row) -> list[Shown]:
+    found = row.footprint
+    size = found.get("weight_bytes")
+    return [
+        *(Shown(number(found.get(name)), found.get(name)) for name in ("weight_bits", "activation_bits")),
+        Shown(MISSING) if size is None else Shown(number(size / 1e6), size),
+        Shown(count(found.get("bops")), found.get("bops")),
     ]
 
 

@@ -69,6 +69,11 @@ class Row:
         return fmean(values) if values else None
 
     @property
+    def footprint(self) -> Mapping[str, float]:
+        """Bits, bytes and bit operations of its quantised network, the same for every seed; empty where none is."""
+        return next((r.footprint for r in self.records if r.footprint), {})
+
+    @property
     def evals(self) -> float | None:
         """Network rows per sample over all roles."""
         roles = {name for r in self.records for name in r.counts if name.startswith("evals.")}

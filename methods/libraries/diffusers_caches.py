@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
-from evalbench.errors import Unsupported, UserError, unknown
+from evalbench.errors import Unsupported, UserError, line, unknown
 from evalbench.interfaces import (
     Artifact,
     Cond,
@@ -29,7 +29,7 @@ from evalbench.interfaces import (
 )
 from evalbench.registry import register
 
-from ._network import KINDS, line, probe_time, quiet, restored, run_tiny, tiny
+from ._network import KINDS, probe_time, quiet, restored, run_tiny, tiny
 
 if TYPE_CHECKING:
     import torch

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from evalbench.errors import Unsupported, UserError, unknown
+from evalbench.errors import Unsupported, UserError, line, unknown
 from evalbench.interfaces import Cond, Denoiser, DenoiserWrap, Step, Time, Want, Wrap
 from evalbench.registry import register
 
-from ._network import KINDS, line, quiet, restored, run_tiny, tiny
+from ._network import KINDS, quiet, restored, run_tiny, tiny
 
 if TYPE_CHECKING:
     import numpy as np
