@@ -119,7 +119,7 @@ class DiffusersCache(Wrap):
         known = _fields(self.target)
         for name in self._own():
             if name not in known:
-                raise UserError(f"diffusers-cache:{self.target} has no setting '{name}'")
+                raise unknown("setting", name, known.intersection(_SETTINGS), where=f"diffusers-cache:{self.target}")
         for name in ("cache_interval", "spatial_attention_block_skip_range", "cross_attention_block_skip_range"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from evalbench.errors import Unsupported, UserError, line, unknown
+from evalbench.errors import Unsupported, line, unknown
 from evalbench.interfaces import Cond, Denoiser, Solver, Step, Want
 from evalbench.paths import EDM, Flow, Path, VPDiscrete, VPLinear
 from evalbench.registry import register
@@ -75,7 +75,8 @@ class DiffusersScheduler(Solver):
         known = _arguments(self.target)
         for name in self._own_settings():
             if known and name not in known:
-                raise UserError(f"diffusers:{self.target} has no setting '{name}'")
+                own = known.intersection((*_CONFIG, "use_karras_sigmas"))
+                raise unknown("setting", name, own, where=f"diffusers:{self.target}")
 
     @classmethod
     def members(cls) -> list[tuple[str, str]]:
