@@ -61,6 +61,14 @@ class Artifacts:
         found = self._read(self.key(cell))
         return {name: float(value) for name, value in found[1]["bill"].items()} if found else {}
 
+    def footprint(self, cell: Cell) -> dict[str, float]:
+        """Bits, bytes and bit operations of a cell's quantised network, as its method says them in an artefact's facts.
+
+        Empty where nothing is quantised, and where two parts quantise: neither saw what the other left.
+        """
+        said = [part.facts["footprint"] for part in self.of(cell) if part is not None and "footprint" in part.facts]
+        return {name: float(value) for name, value in said[0].items()} if len(said) == 1 else {}
+
     def _read(self, key: str) -> tuple[tuple[Artifact | None, ...], dict[str, Any]] | None:
         if key and key not in self._known:
             content = self.store.read_artifacts(key)

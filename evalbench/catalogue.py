@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from typing import Any
 
-from evalbench import prompts, registry, starts
+from evalbench import availability, prompts, registry, starts
 from evalbench.errors import UserError
 from evalbench.interfaces import ExtractorFamily
 from evalbench.spec import Suite, load_suite, suite_names
@@ -54,11 +54,10 @@ def _features_missing(name: str) -> str:
 def _method_rows(name: str) -> list[dict[str, Any]]:
     cls = registry.get("method", name)
     requires = sorted(getattr(cls, "requires", ()))
-    members = getattr(cls, "members", None)
-    if members is None:
+    if not hasattr(cls, "members"):
         return [_row(name, cls.summary(), requires, cls.missing())]
-    prefix = name.removesuffix("*")
-    return [_row(f"{prefix}{member}", cls.summary(), requires, reason) for member, reason in members()]
+    prefix, members = name.removesuffix("*"), availability.members_of(cls)
+    return [_row(f"{prefix}{member}", cls.summary(), requires, reason) for member, reason in members]
 
 
 def _metric_ids() -> list[str]:

@@ -248,6 +248,13 @@ def check_grid(kind: str) -> None:
         raise UserError(f"unknown grid '{kind}'; known: {', '.join(GRIDS)}")
 
 
+def check_least(where: str, least: float, **settings: float) -> None:
+    """Raise UserError, with its value, unless each setting of the method `where` is at least `least`."""
+    for setting, value in settings.items():
+        if value < least:
+            raise UserError(f"{where}: {setting} must be at least {least}, got {value}")
+
+
 def check_choice(where: str, setting: str, value: object, known: Sequence[object]) -> None:
     """Raise UserError unless a setting of the method `where` has one of the `known` values."""
     if value not in known:

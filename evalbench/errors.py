@@ -37,6 +37,12 @@ class BadSamples(EvalbenchError):
     """A method returned NaN, a wrong shape or constant images. Becomes an error row."""
 
 
+def line(error: Exception) -> str:
+    """A library's complaint in one line: its type, and the first line of what it says."""
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+
+
 def some(ids: Sequence[object], most: int = 8) -> str:
     """The first of many ids for a message: `3, 17, 21`, or `0, 1, 2, ... (9 more)`."""
     shown = ", ".join(str(each) for each in ids[:most])

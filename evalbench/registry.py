@@ -23,7 +23,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar, get_type_hints
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from evalbench.errors import UserError, unknown
 from evalbench.interfaces import (
@@ -50,6 +50,7 @@ _PACKAGES = {
 _parts: dict[str, dict[str, type[Registered]]] = {kind: {} for kind in KINDS}
 _origins: dict[tuple[str, str], str] = {}
 _loaded: set[str] = set()
+_TEXT = ConfigDict(coerce_numbers_to_str=True)  # blocks=3 is a text that reads as a number
 R = TypeVar("R", bound=type[Registered])
 
 
@@ -479,7 +480,7 @@ def _construct(cls: type[Registered], name: str, settings: Mapping[str, Any]) ->
         if key not in known:
             raise unknown("setting", key, known, where=f"{cls.kind} '{name}'")
         try:
-            checked[key] = TypeAdapter(hints[key]).validate_python(value)
+            checked[key] = TypeAdapter(hints[key], config=_TEXT).validate_python(value)
         except ValidationError as error:
             reason = error.errors()[0]["msg"]
             raise UserError(f"setting '{key}={value}' of {cls.kind} '{name}': {reason}") from None

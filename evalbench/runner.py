@@ -444,6 +444,7 @@ class _Loop:
             missing={**found.missing, **missing},
             counts=found.counts,
             bill=self._artifacts.bill(cell),
+            footprint=self._artifacts.footprint(cell),
             environment=made_in,
         )
 

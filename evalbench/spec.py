@@ -542,6 +542,8 @@ class Record(Frozen):
         counts: per-sample means: nfe, nfe_p95, depth, cost, flops, evals.ROLE; of a method that runs as a program of
             its own nfe_declared (and cost, depth likewise) in their place: what its authors say, not measured.
         bill: what preparation spent in all, once: nfe, evals.ROLE, backward, cost, flops, and seconds.
+        footprint: of a quantised network: weight_bits, activation_bits, weight_bytes, bops (one evaluation), and
+            weight_bytes_full, bops_full at 32 bits; see docs/cost.md. Empty where nothing is quantised.
         seconds: wall time of the chunks. environment: versions, device, threads, fingerprint class.
         latency: one entry per batch size. variant: of a latency record; empty in a quality record.
     """
@@ -557,6 +559,7 @@ class Record(Frozen):
     missing: dict[str, str] = {}
     counts: dict[str, float] = {}
     bill: dict[str, float] = {}
+    footprint: dict[str, float] = {}
     seconds: float = 0.0
     latency: tuple[Latency, ...] = ()
     variant: str = ""

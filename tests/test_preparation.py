@@ -60,6 +60,21 @@ class LearnsPerNfe(Learns):
         return Artifact({"mean": np.zeros(context.shape)}, {"rows": 0, "nfe": context.nfe})
 
 
+@register("rounds")
+@dataclass(frozen=True)
+class Rounds(Wrap):
+    """Says that it quantises, and changes nothing."""
+
+    prepares = "once"
+    bits: int = 8
+
+    def prepare(self, context):
+        return Artifact(facts={"footprint": {"weight_bits": self.bits, "bops": 8.0 * self.bits}})
+
+    def wrap(self, denoiser):
+        return denoiser
+
+
 @register("notes")
 @dataclass(frozen=True)
 class Notes(Wrap):
@@ -134,6 +149,15 @@ def test_a_preparation_runs_once_is_billed_apart_and_reaches_every_chunk(tmp_pat
     again, executor = _run(tmp_path, ["learns"], nfe=(1, 2, 3))
     assert not _prepared(executor)
     assert again["learns", 3].bill == records["learns", 1].bill
+
+
+def test_a_record_has_the_footprint_that_its_quantisation_prepared(tmp_path: Path) -> None:
+    twice = "ddim+rounds+rounds(bits=4)"
+    records, _ = _run(tmp_path, ["ddim", "learns", "learns+rounds(bits=6)", twice])
+    found = {method: record.footprint for (method, _), record in records.items()}
+    assert found["learns+rounds(bits=6)"] == {"weight_bits": 6.0, "bops": 48.0}
+    assert found["ddim"] == found["learns"] == {}
+    assert found[twice] == {}, "neither saw what the other left"
 
 
 def test_per_nfe_prepares_for_each_budget(tmp_path: Path) -> None:

@@ -50,6 +50,11 @@ def test_what_cannot_be_read_says_so(text: str, message: str) -> None:
         build_method(text)
 
 
+def test_a_text_that_reads_as_a_number_is_a_text() -> None:
+    assert registry.build_method("ddim+layer-skip(blocks=3)").text == "ddim+layer-skip(blocks=3)"
+    assert registry.build_method("ddim+faster-diffusion(keys=0)").text == "ddim+faster-diffusion(keys=0)"
+
+
 def test_lists_split_outside_parentheses() -> None:
     assert parse_methods("a(x=1,y=2), b+c(z=[1,2])") == ["a(x=1,y=2)", "b+c(z=[1,2])"]
     with pytest.raises(UserError, match="empty method name"):

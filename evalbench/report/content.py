@@ -33,6 +33,7 @@ SPOILED = {
     "duplicated": "perfect, half of them copies",
     "itself": "the reference itself",
 }
+_FOOTPRINT = ("weight bits", "activation bits", "weight MB", "BOPs")
 STATUS_WORDS = {"error": "error", "unsupported": "not supported", "ok": ""}
 
 
@@ -128,8 +129,9 @@ def _primary_cell(block: Block, metric: str, row: Row | None, best: Row | None) 
 
 def full_table(block: Block) -> Table:
     """Every row with its counts and all metrics; the last rows hold the floors and what spoiled samples score."""
-    declared = any(row.declared for row in block.rows)
-    counts = ("NFE used", "evals", "depth", "cost", "FLOPs", *(["declared"] if declared else []))
+    declared, quantised = any(row.declared for row in block.rows), any(row.footprint for row in block.rows)
+    extra = (*(("declared",) if declared else ()), *(_FOOTPRINT if quantised else ()))
+    counts = ("NFE used", "evals", "depth", "cost", "FLOPs", *extra)
     header = ("method", "NFE", *map(block.heading, block.metrics), *counts, "status")
     rows = [
         (
@@ -138,6 +140,7 @@ def full_table(block: Block) -> Table:
             *(_metric_cell(block, row, metric) for metric in block.metrics),
             *_count_cells(row),
             *([_declared_cell(row)] if declared else []),
+            *(_footprint_cells(row) if quantised else ()),
             Shown(STATUS_WORDS[row.status] or "ok", None, "" if row.status == "ok" else "error"),
         )
         for row in block.rows
@@ -180,6 +183,16 @@ def _declared_cell(row: Row) -> Shown:
     """What its authors say that a program spends: never in a column of what was counted."""
     said = [f"{name} {number(value)}" for name, value in row.declared.items()]
     return Shown(", ".join(said) if said else MISSING)
+
+
+def _footprint_cells(row: Row) -> list[Shown]:
+    found = row.footprint
+    size = found.get("weight_bytes")
+    return [
+        *(Shown(number(found.get(name)), found.get(name)) for name in ("weight_bits", "activation_bits")),
+        Shown(MISSING) if size is None else Shown(number(size / 1e6), size),
+        Shown(count(found.get("bops")), found.get("bops")),
+    ]
 
 
 def footnotes(block: Block) -> tuple[str, ...]:

@@ -52,17 +52,18 @@ def cells_frame(records: Iterable[Record], suite: Suite) -> pd.DataFrame:
 
     Columns: suite, method, nfe (the budget), guidance, seed, samples, status; the counts nfe_measured, nfe_p95,
     depth, evals_total, evals.ROLE, cost, flops; where something was prepared, prepare.evals_total and the rest of the
-    bill; per metric ID, ID:se, ID:low, ID:high, ID:bias, ID:note;
-    protocol, error.
+    bill; where a network is quantised, footprint.weight_bits and the rest of its footprint; per metric ID, ID:se,
+    ID:low, ID:high, ID:bias, ID:note; protocol, error.
     """
     quality = [r for r in records if r.kind == "quality"]
     metrics = metric_ids(quality, suite)
     counts = _count_columns(quality)
     bill = _bill_columns(quality)
+    footprint = sorted({f"footprint.{name}" for r in quality for name in r.footprint})
     names = display_names(quality)
     rows = [_cell_row(r, names[r.cell.id], counts, metrics) for r in quality]
     values = [f"{name}{part}" for name in metrics for part in ("", ":se", ":low", ":high", ":bias", ":note")]
-    return _sorted_frame(rows, [*_FACTS, *counts, *bill, *values, "protocol", "error", "cell"])
+    return _sorted_frame(rows, [*_FACTS, *counts, *bill, *footprint, *values, "protocol", "error", "cell"])
 
 
 def timings_frame(records: Iterable[Record]) -> pd.DataFrame:
@@ -203,6 +204,7 @@ def _cell_row(record: Record, name: str, counts: Sequence[str], metrics: Sequenc
     roles = [value for role, value in record.counts.items() if role.startswith("evals.")]
     row |= {"nfe_measured": record.counts.get("nfe"), "evals_total": sum(roles) if roles else None}
     row |= {f"prepare.{name}": value for name, value in record.bill.items()}
+    row |= {f"footprint.{name}": value for name, value in record.footprint.items()}
     if record.bill:
         row["prepare.evals_total"] = sum(value for name, value in record.bill.items() if name.startswith("evals."))
     for metric in metrics:

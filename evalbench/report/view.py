@@ -75,6 +75,11 @@ class Row:
         return {name: self.mean_count(f"{name}{DECLARED}") or 0.0 for name in names}
 
     @property
+    def footprint(self) -> Mapping[str, float]:
+        """Bits, bytes and bit operations of its quantised network, the same for every seed; empty where none is."""
+        return next((r.footprint for r in self.records if r.footprint), {})
+
+    @property
     def evals(self) -> float | None:
         """Network rows per sample over all roles."""
         roles = {name for r in self.records for name in r.counts if name.startswith("evals.")}

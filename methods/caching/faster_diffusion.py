@@ -123,7 +123,9 @@ class FasterDiffusion(Modifier):
     def check(self, nfe: int, blocks: int) -> None:
         key_steps(self.name, self.keys, nfe)
         if blocks and self.at >= blocks:
-            raise UserError(f"faster-diffusion: at={self.at}, but the network has {blocks} blocks")
+            raise UserError(
+                f"faster-diffusion: at={self.at}, but the network has {blocks} blocks; give at most {blocks - 1}"
+            )
 
     def modify(self, solver: Solver) -> Solver:
         return _Faster(solver, self)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from evalbench.engine import check_least
 from evalbench.errors import UserError
 from evalbench.interfaces import Artifact, Claim, Denoiser, Preparation, Wrap
 from evalbench.registry import register
@@ -55,8 +56,11 @@ class MMDDDM(Wrap):
 
 def check_training(method: str, iterations: int, batch: int, rate: float, seed: int) -> None:
     """Raises UserError for a training that is none."""
-    if iterations < 1 or batch < 2 or rate <= 0.0 or seed < 0:
-        raise UserError(f"{method}: iterations must be at least 1, batch at least 2, rate above 0, seed at least 0")
+    check_least(method, 1, iterations=iterations)
+    check_least(method, 2, batch=batch)
+    check_least(method, 0, seed=seed)
+    if not rate > 0.0:
+        raise UserError(f"{method}: rate must be above 0, got {rate}")
 
 
 def _claim(text: str, arm_nfe: int, direction: Literal["lower", "higher"], effect: float) -> Claim:

@@ -1,1 +1,1 @@
-"""What other libraries bring around the network, by name: caches, guidance, quantisation."""
+"""What other libraries bring around the network, by name: caches, guidance."""

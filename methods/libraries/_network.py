@@ -42,12 +42,6 @@ def quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def line(error: Exception) -> str:
-    """A library's complaint in one line."""
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
-
-
 def tiny(kind: str) -> Any:
     """A small network of a diffusers class with random weights, to see what a library does with it.
 

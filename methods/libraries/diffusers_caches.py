@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
-from evalbench.errors import Unsupported, UserError, unknown
+from evalbench.errors import Unsupported, UserError, line, unknown
 from evalbench.interfaces import (
     Artifact,
     Cond,
@@ -29,7 +29,7 @@ from evalbench.interfaces import (
 )
 from evalbench.registry import register
 
-from ._network import KINDS, line, probe_time, quiet, restored, run_tiny, tiny
+from ._network import KINDS, probe_time, quiet, restored, run_tiny, tiny
 
 if TYPE_CHECKING:
     import torch
@@ -119,7 +119,7 @@ class DiffusersCache(Wrap):
         known = _fields(self.target)
         for name in self._own():
             if name not in known:
-                raise UserError(f"diffusers-cache:{self.target} has no setting '{name}'")
+                raise unknown("setting", name, known.intersection(_SETTINGS), where=f"diffusers-cache:{self.target}")
         for name in ("cache_interval", "spatial_attention_block_skip_range", "cross_attention_block_skip_range"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from evalbench.errors import Unsupported, UserError, unknown
+from evalbench.errors import Unsupported, UserError, line, unknown
 from evalbench.interfaces import Cond, Denoiser, DenoiserWrap, Step, Time, Want, Wrap
 from evalbench.registry import register
 
-from ._network import KINDS, line, quiet, restored, run_tiny, tiny
+from ._network import KINDS, quiet, restored, run_tiny, tiny
 
 if TYPE_CHECKING:
     import numpy as np
@@ -92,12 +92,11 @@ class DiffusersGuider(Wrap):
     def __post_init__(self) -> None:
         if self.target not in _names():
             raise unknown("diffusers guider", self.target, _names())
-        known = _arguments(self.target)
-        for name in self._own():
+        layers = {"layers"} if _layers_argument(self.target) else set()
+        known = _arguments(self.target).intersection(_SETTINGS) | layers
+        for name in [*self._own(), *(["layers"] if self.layers else [])]:
             if name not in known:
-                raise UserError(f"diffusers-guider:{self.target} has no setting '{name}'")
-        if self.layers and not _layers_argument(self.target):
-            raise UserError(f"diffusers-guider:{self.target} has no setting 'layers'")
+                raise unknown("setting", name, known, where=f"diffusers-guider:{self.target}")
         if self.dropout not in (None, 1.0):
             raise UserError(
                 f"diffusers-guider:{self.target}: dropout must be 1, got {self.dropout}: "
@@ -105,6 +104,15 @@ class DiffusersGuider(Wrap):
             )
         if _layers_argument(self.target) and not self.layers:
             raise UserError(f"diffusers-guider:{self.target} needs layers, such as layers=[1]")
+        if self.layers and min(self.layers) < 0:
+            raise UserError(f"diffusers-guider:{self.target}: layers must be at least 0, got {min(self.layers)}")
+
+    def check(self, nfe: int, blocks: int) -> None:
+        if blocks and self.layers and max(self.layers) >= blocks:
+            raise UserError(
+                f"diffusers-guider:{self.target}: layers={list(self.layers)}: the network has {blocks} blocks; "
+                f"give layers in 0..{blocks - 1}"
+            )
 
     @classmethod
     def members(cls) -> list[tuple[str, str]]:

@@ -529,11 +529,16 @@ def applied(layer: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def footprint(network: nn.Module, plans: Mapping[str, LayerPlan], macs_of: Mapping[str, float]) -> dict[str, float]:
     """Bits, bytes and bit operations of a quantised network; never seconds: computing with rounded floats saves none.
 
+    Args:
+        plans: of the layers that are quantised, by name. macs_of: multiply-accumulates of one row by name, of every
+            Linear and Conv layer that runs.
+
     Returns:
         weight_bits: mean over all parameters. weight_bytes: of all parameters with 4 bytes for each range's step and
-        one level for its zero; weight_bytes_full: in 32 bits. bops: multiply-accumulates of a row in Linear and Conv
-        layers times the bits of weight and input, the mean over time groups; bops_full: at 32 x 32. Products of
-        attention are not in it: no method here quantises them.
+        one level for its zero; weight_bytes_full: in 32 bits. activation_bits: of the layers' inputs, mean over
+        multiply-accumulates and time groups. bops: multiply-accumulates of a row in Linear and Conv layers times the
+        bits of weight and input, the mean over time groups; bops_full: at 32 x 32. Products of attention are not in
+        it: no method here quantises them.
     """
     parameters = sum(p.numel() for p in network.parameters())
     bits = float(FULL) * parameters
@@ -546,14 +551,17 @@ def footprint(network: nn.Module, plans: Mapping[str, LayerPlan], macs_of: Mappi
             ranges = (len(weight) if plan.channels else 1) * (2 if plan.split else 1)
             extra += ranges * (FULL + stored)
     every = {name: (Bits(FULL, FULL),) for name in macs_of} | {name: plan.bits for name, plan in plans.items()}
-    spent = sum(
-        macs_of.get(name, 0.0) * float(np.mean([b.weights * b.activations for b in chosen]))
-        for name, chosen in every.items()
-    )
+
+    def summed(bits_of: Callable[[Bits], int]) -> float:
+        """Over multiply-accumulates, the mean over time groups."""
+        means = {name: float(np.mean([bits_of(b) for b in chosen])) for name, chosen in every.items()}
+        return sum(macs_of.get(name, 0.0) * mean for name, mean in means.items())
+
     return {
         "weight_bits": bits / parameters,
         "weight_bytes": (bits + extra) / 8,
         "weight_bytes_full": 4.0 * parameters,
-        "bops": spent,
+        "activation_bits": summed(lambda b: b.activations) / sum(macs_of.values()),
+        "bops": summed(lambda b: b.weights * b.activations),
         "bops_full": float(FULL * FULL) * sum(macs_of.values()),
     }

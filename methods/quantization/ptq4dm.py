@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from evalbench.engine import check_choice
+from evalbench.engine import check_choice, check_least
 from evalbench.errors import UserError
 from evalbench.interfaces import Artifact, Claim, Preparation
 from evalbench.registry import register
@@ -60,8 +60,8 @@ class PTQ4DM(Quantisation):
         Bits.parse("ptq4dm", self.bits)
         check_samples("ptq4dm", self.samples)
         check_choice("ptq4dm", "calibration", self.calibration, ("ndtc", "uniform", "noise", "images", "forward"))
-        if self.steps < 1 or self.adaround < 0 or self.seed < 0:
-            raise UserError("ptq4dm: steps must be at least 1, adaround and seed at least 0")
+        check_least("ptq4dm", 1, steps=self.steps)
+        check_least("ptq4dm", 0, adaround=self.adaround, seed=self.seed)
         if not 0.0 < self.mean <= 1.0:
             raise UserError(f"ptq4dm: mean must lie in 0..1 of the path, got {self.mean}")
 

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from evalbench.errors import Unsupported, UserError
+from evalbench.engine import check_least
+from evalbench.errors import Unsupported
 from evalbench.interfaces import Artifact, Claim, Denoiser, Preparation
 from evalbench.registry import register
 
@@ -120,9 +121,8 @@ class TFMQ(Quantisation):
     def __post_init__(self) -> None:
         Bits.parse(self.name, self.bits)
         check_samples(self.name, self.samples)
-        for name, least in (("groups", 1), ("tiar", 0), ("adaround", 0), ("steps", 1), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise UserError(f"{self.name}: {name} must be at least {least}, got {getattr(self, name)}")
+        check_least(self.name, 1, groups=self.groups, steps=self.steps)
+        check_least(self.name, 0, tiar=self.tiar, adaround=self.adaround, seed=self.seed)
 
     def prepare(self, context: Preparation) -> Artifact:
         network = context.denoiser(1).network

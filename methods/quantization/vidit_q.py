@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
-from evalbench.engine import check_choice
+from evalbench.engine import check_choice, check_least
 from evalbench.errors import Unsupported, UserError
 from evalbench.interfaces import Artifact, Claim, Preparation
 from evalbench.registry import register
@@ -64,8 +64,8 @@ class ViDiTQ(Quantisation):
         check_choice("vidit-q", "mixed", self.mixed, ("none", "released", "sensitivity"))
         if self.alpha != -1.0 and not 0.0 <= self.alpha <= 1.0:
             raise UserError(f"vidit-q: alpha must lie in 0..1, or be -1 for no balancing, got {self.alpha}")
-        if self.ranges < 1 or self.steps < 1 or self.seed < 0:
-            raise UserError("vidit-q: ranges and steps must be at least 1, seed at least 0")
+        check_least("vidit-q", 1, ranges=self.ranges, steps=self.steps)
+        check_least("vidit-q", 0, seed=self.seed)
 
     def prepare(self, context: Preparation) -> Artifact:
         network = context.denoiser(1).network

@@ -158,7 +158,10 @@ class AutoDiffusion(Solver):
 
     def check(self, nfe: int, blocks: int) -> None:
         if blocks and int(self.layers * nfe * blocks) < 1:
-            raise UserError(f"autodiffusion: layers={self.layers} leaves none of the {blocks} blocks in {nfe} steps")
+            raise UserError(
+                f"autodiffusion: layers={self.layers} leaves none of the {blocks} blocks in {nfe} steps; "
+                f"give at least {math.ceil(1000 / (nfe * blocks)) / 1000}"
+            )
 
     def prepare(self, context: Preparation) -> Artifact:
         if context.nfe > TABLE // 2:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from evalbench.errors import Unsupported, UserError, unknown
+from evalbench.errors import Unsupported, line, unknown
 from evalbench.interfaces import Cond, Denoiser, Solver, Step, Want
 from evalbench.paths import EDM, Flow, Path, VPDiscrete, VPLinear
 from evalbench.registry import register
@@ -75,7 +75,8 @@ class DiffusersScheduler(Solver):
         known = _arguments(self.target)
         for name in self._own_settings():
             if known and name not in known:
-                raise UserError(f"diffusers:{self.target} has no setting '{name}'")
+                own = known.intersection((*_CONFIG, "use_karras_sigmas"))
+                raise unknown("setting", name, own, where=f"diffusers:{self.target}")
 
     @classmethod
     def members(cls) -> list[tuple[str, str]]:
@@ -116,7 +117,7 @@ class DiffusersScheduler(Solver):
             with _without_deprecations():
                 scheduler = _class(self.target)(**config)
         except Exception as error:  # any refusal of the library is the reason that the row shows
-            raise Unsupported(f"diffusers:{self.target} cannot be built: {_line(error)}") from error
+            raise Unsupported(f"diffusers:{self.target} cannot be built: {line(error)}") from error
         return _Bridge(scheduler, path, kind, _PREDICTIONS[self.prediction])
 
 
@@ -210,7 +211,7 @@ def _steps_for(solver: DiffusersScheduler, path: Path, nfe: int, ndim: int) -> t
                 bridge.scheduler.set_timesteps(steps)
                 end = bridge.run(x, count)
         except Exception as error:  # the library's own complaint about this number of steps
-            failure = f"with {steps} steps: {_line(error)}"
+            failure = f"with {steps} steps: {line(error)}"
             continue
         if end.shape != x.shape or not bool(torch.isfinite(end).all()):
             failure = f"with {steps} steps: returns {tuple(end.shape)} with values that are not finite"
@@ -362,7 +363,3 @@ def _config(name: str, kind: PathKind, path: Path, prediction: str) -> dict[str,
     if name == "DPMSolverSinglestepScheduler":
         neutral["lower_order_final"] = True  # what it turns to at every budget, with a message each time
     return {**config, **{key: value for key, value in neutral.items() if key in arguments}}
-
-
-def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"

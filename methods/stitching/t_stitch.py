@@ -46,7 +46,9 @@ class TStitch(Wrap):
             raise UserError(f"t-stitch: r must be in 0..1, got {self.r}")
         shares = self.shares()
         if sum(share for _, share in shares) > 1.0 + 1e-9:
-            raise UserError(f"t-stitch: r and the shares of then={self.then} add up to more than 1")
+            raise UserError(
+                f"t-stitch: r and the shares of then={self.then} add up to more than 1; give smaller shares"
+            )
         object.__setattr__(self, "requires", frozenset(f"role {role}" for role, _ in shares))
 
     def shares(self) -> list[tuple[str, float]]:

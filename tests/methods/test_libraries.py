@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 
 import pytest
 import torch
@@ -149,7 +150,22 @@ def test_torchao_rounds_weights_and_leaves_the_network_alone() -> None:
     assert torch.equal(sampled("sd3", "ddim")[0], exact)
 
 
-def test_all_are_listed_and_those_that_cannot_run_say_why() -> None:
+@pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
+@pytest.mark.parametrize(("config", "activations"), [("int8wo", 32), ("int8dq", 8)])
+def test_torchao_has_the_footprint_of_the_layers_that_it_quantises(config: str, activations: int) -> None:
+    setup, method = twins.setup("sd3"), f"ddim+quant:torchao(config={config})"
+    made = prepare(setup, registry.build_method(method), make_cell(setup.suite, method, 4, 1.0, 0))
+    artifact = made.artifacts[1]
+    assert artifact is not None
+    found = artifact.facts["footprint"]
+    assert 8 < found["weight_bits"] < 32, "Linear layers only"
+    assert activations <= found["activation_bits"] < activations + 1, "nearly all of the work is theirs"
+    assert 8 * activations / 1024 <= found["bops"] / found["bops_full"] < 1
+    assert made.bill["nfe"] == 1
+
+
+def test_all_are_listed_and_those_that_cannot_run_say_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EVALBENCH_CACHE", str(tmp_path))  # tried here, not remembered
     rows = {row["name"]: row for row in catalogue.rows("methods")}
     for name in ("FirstBlockCache", "TaylorSeer", "MagCache", "FasterCache", "PAB"):
         assert rows[f"diffusers-cache:{name}"]["available"], name

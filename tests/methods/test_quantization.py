@@ -133,6 +133,7 @@ def test_size_and_bit_operations_are_reported() -> None:
     saved = facts["weight_bytes_full"] - 3 * weights
     rows = sum(len(layer.weight) for layer in layers(network).values())  # type: ignore[arg-type]
     assert facts["weight_bytes"] == saved + rows * (32 + 8) / 8
+    assert facts["activation_bits"] == 8
     assert facts["bops"] / facts["bops_full"] == pytest.approx(64 / 1024)
 
 

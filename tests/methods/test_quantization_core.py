@@ -194,8 +194,10 @@ def test_bits_bytes_and_bit_operations_by_hand(network: Small, x: torch.Tensor) 
     assert found["weight_bits"] == bits / parameters
     assert found["weight_bytes"] == (bits + 6 * (32 + 4)) / 8
     assert found["weight_bytes_full"] == 4 * parameters
+    both = sum(macs.values())
+    assert found["activation_bits"] == (8 * macs["conv"] + 32 * macs["linear"]) / both
     assert found["bops"] == 4 * 8 * macs["conv"] + 32 * 32 * macs["linear"]
-    assert found["bops_full"] == 32 * 32 * sum(macs.values())
+    assert found["bops_full"] == 32 * 32 * both
 
 
 @pytest.mark.parametrize("split", [0, 3])

@@ -38,6 +38,18 @@ def test_a_cell_has_its_numbers(records: list[Record], suite: Suite) -> None:
     assert math.isnan(row["align@tiny"])
 
 
+def test_the_footprint_of_a_quantised_network_is_columns_where_there_is_one(
+    records: list[Record], suite: Suite, tmp_path: Path
+) -> None:
+    plain = table(records, tmp_path / "plain.csv")
+    assert not [name for name in plain[0] if name.startswith("footprint")]
+    rounded = quality("ddim+ptq4dm", 10, 2.2, footprint={"weight_bits": 8.5, "bops": 7.8e9})
+    rows = {row["method"]: row for row in table([*records, rounded], tmp_path / "t.csv")}
+    assert [rows["ddim+ptq4dm"][f"footprint.{name}"] for name in ("weight_bits", "bops")] == ["8.5", "7800000000"]
+    assert rows["unipc"]["footprint.weight_bits"] == ""
+    assert rows["unipc"].keys() - plain[0].keys() == {"footprint.weight_bits", "footprint.bops"}
+
+
 def test_rows_are_sorted_by_the_keys(suite: Suite) -> None:
     found = [r for g in (3.0, 1.0) for s in (1, 0) for r in make_records(guidance=g, seed=s)]
     random.Random(0).shuffle(found)

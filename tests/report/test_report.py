@@ -12,6 +12,8 @@ from report.synthetic import METHODS, NOTE, failed, make_records, make_suite, qu
 
 from evalbench.errors import UserError
 from evalbench.report import build_report
+from evalbench.report.content import full_table
+from evalbench.report.view import blocks
 from evalbench.spec import Record
 from evalbench.store import Store
 
@@ -184,6 +186,19 @@ def test_every_seed_is_averaged_and_every_guidance_has_its_table(make_store: Mak
     for guidance in (1, 3):
         check = md_rows(text, f"**fd@fashion64 ↓, guidance {guidance}, N = 4096, mean of seeds 0, 1**")
         assert ("unipc", 20, "0.550 ± 0.026") in list(primary_rows(check))
+
+
+def test_bits_bytes_and_bit_operations_stand_in_the_table_where_a_network_is_quantised(make_store: Make) -> None:
+    footprint = {"weight_bits": 8.5, "activation_bits": 8.0, "weight_bytes": 2.5e6, "bops": 7.8e9}
+    plain, rounded = quality("ddim", 10, 2.0), quality("ddim+ptq4dm", 10, 2.2, footprint=footprint)
+    store = make_store([plain, rounded])
+    page = Page(build_report(store, store.folder / "report", ("html",))["html"].read_text())
+    table = next(found for found in page.tables if "BOPs" in found[0])
+    rows = {row[0]: dict(zip(table[0], row, strict=True)) for row in table[1:]}
+    columns = ("weight bits", "activation bits", "weight MB", "BOPs", "status")
+    assert [rows["ddim+ptq4dm"][name] for name in columns] == ["8.5", "8", "2.5", "7.8 G", "ok"]
+    assert [rows["ddim"][name] for name in columns] == [*"––––", "ok"]
+    assert "BOPs" not in full_table(blocks([plain], make_suite())[0]).header
 
 
 def test_numbers_of_different_n_never_share_a_table(make_store: Make) -> None:
