@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -93,6 +94,29 @@ def test_a_program_makes_what_the_same_rule_makes_in_this_process(arm: Path, tmp
     again, computed = run_serial(asked(["by-rule", theirs]), run)
     assert [job.chunk for job in computed.jobs] == [chunk]
     assert again[1].metrics == found.metrics
+
+
+@pytest.mark.slow
+def test_workers_find_a_file_where_its_name_was_typed(arm: Path, tmp_path: Path) -> None:
+    words = [
+        "--samples",
+        "16",
+        "--batch",
+        "8",
+        "--metrics",
+        "accuracy@fashion-classifier",
+        "--workers",
+        "2",
+        "--out",
+        "run",
+    ]
+    line = ["run", "fashion-mixture", "--method", "command:arm.toml", "--nfe", "5", "--trust-remote-code", *words]
+    done = subprocess.run(
+        [sys.executable, "-m", "evalbench", *line], cwd=arm.parent, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    (record,) = Store(arm.parent / "run").records()
+    assert record.counts["nfe_declared"] == 5.0
 
 
 def test_tables_keep_declared_counts_apart(arm: Path, tmp_path: Path) -> None:

@@ -154,6 +154,26 @@ def test_it_is_what_diffusers_itself_loads(tmp_path: Path) -> None:
             torch.testing.assert_close(layer.weight, fused, rtol=1e-5, atol=1e-6)
 
 
+def test_networks_whose_blocks_are_not_known_take_them_too(tmp_path: Path) -> None:
+    import diffusers
+
+    from evalbench.models.blocks import blocks_of, depth_of
+
+    sizes = {"block_out_channels": (8, 8), "norm_num_groups": 4, "sample_size": 8}
+    kinds = {"down_block_types": ("DownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "UpBlock2D")}
+    net = diffusers.UNet2DModel(**sizes, **kinds).eval().requires_grad_(False)  # type: ignore[arg-type]
+    blocks, x = blocks_of(net), torch.ones(1, 3, 8, 8)
+    matrices_of_it = {"mid_block.resnets.0.conv1": (torch.ones(RANK, 8, 3, 3), torch.ones(8, RANK, 1, 1))}
+    (part,) = registry.build_method(f"ddim+lora:{written(tmp_path, peft_layout('sd', matrices_of_it))}").wraps
+    plain = net(x, 3).sample
+    with blocks.swap(part.merged(net))():  # type: ignore[attr-defined]
+        assert not torch.equal(net(x, 3).sample, plain)
+    assert torch.equal(net(x, 3).sample, plain)
+    assert (blocks.names, depth_of(dict(net.config))) == ((), 0)
+    with pytest.raises(Unsupported, match="needs split"):
+        blocks.split()
+
+
 def test_it_composes_with_solvers_modifiers_and_caches(tmp_path: Path) -> None:
     written(tmp_path, peft_layout("dit", matrices("dit")))
     lora = f'lora:"{tmp_path}"(scale=0.5)'
