@@ -39,7 +39,7 @@ METHODS = (
     "ddim+harmonica(batch=2)",
     "ddim+tfmq-cache(bits=w32a32,samples=2)",  # its table alone: fake quantisation takes time and saves none
     "ddim+diffusers-cache:FirstBlockCache(threshold=0.1)",
-    "ddim+diffusers-cache:TaylorSeer(cache_identifiers=transformer_blocks.*attn1)",
+    "ddim+diffusers-cache:TaylorSeer(cache_identifiers=.*transformer_blocks.*attn1)",
     "ddim+diffusers-cache:MagCache(threshold=0.1)",
     "ddim+diffusers-cache:FasterCache",
     "ddim+diffusers-cache:PAB",

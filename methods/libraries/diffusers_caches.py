@@ -358,14 +358,16 @@ def _applied(network: nn.Module, config: Any) -> _States:
             raise nothing from error
     managers: dict[int, Any] = {}
     holders = []
+    inside = False  # FasterCache always hooks the network itself, and alone that saves nothing
     for module in network.modules():
         registry = vars(module).get("_diffusers_hook")
         for hook in registry.hooks.values() if registry is not None else ():
+            inside |= module is not network
             found = [value for value in vars(hook).values() if isinstance(value, StateManager)]
             managers |= {id(manager): manager for manager in found}
             if not found and hasattr(hook, "state"):
                 holders.append(hook)
-    if not managers and not holders:
+    if not inside:
         raise nothing
     return _States(list(managers.values()), holders)
 

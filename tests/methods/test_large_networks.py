@@ -22,7 +22,7 @@ NFE = 4
 PARTNERS = {"sd-1.5": "sd", "dit-xl": "dit-small"}  # models of role `small`
 BLOCKS = {"sd-1.5": 38, "dit-xl": 28}
 
-EVERY_OTHER = "cache_identifiers=transformer_blocks.*attn1,cache_interval=2,disable_cache_before_step=1"
+EVERY_OTHER = "cache_identifiers=.*transformer_blocks.*attn1,cache_interval=2,disable_cache_before_step=1"
 FEW = "iterations=1,batch=2,rate=0.001,features=identity"
 # what calls cost on SD 1.5 and on DiT-XL, against the plain network's: less, the same, more; or what is lacking
 METHODS = {
@@ -47,7 +47,7 @@ METHODS = {
     "ddim+diffusers-cache:FirstBlockCache(threshold=1)": ("needs blocks that FirstBlockCache knows", "<"),
     f"ddim+diffusers-cache:TaylorSeer({EVERY_OTHER})": ("<", "<"),
     "ddim+diffusers-cache:MagCache(threshold=5)": ("needs blocks that MagCache knows", "<"),
-    "ddim+diffusers-cache:FasterCache": ("<", "<"),
+    "ddim+diffusers-cache:FasterCache": ("needs blocks that FasterCache knows", "<"),
     "ddim+diffusers-cache:PAB": ("<", "<"),
     "ddim+cfg(scale=2.0)": (">", ">"),
     "ddim+cfg-interval(scale=2,low=0.5,high=2.0)": (">", ">"),
