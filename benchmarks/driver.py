@@ -31,6 +31,9 @@ SIZE, CELLS = 16, 4
 class Idle:
     """A worker that returns a chunk without computing it."""
 
+    def __init__(self, folder: str) -> None:
+        """It reads no files."""
+
     def environment(self) -> tuple[str, dict[str, Any]]:
         return ray.get_runtime_context().get_node_id(), worker.describe()
 

@@ -37,6 +37,17 @@ def test_agrees_with_the_double_loop(monkeypatch, block):
     assert mmd2(x, y).value == pytest.approx(naive_mmd2(x, y), rel=1e-12)
 
 
+@pytest.mark.parametrize("rows", [43, 700])
+def test_sums_by_moments_are_those_of_the_kernel(rows):
+    """More reference rows than D (D + 1): the sums come from three moments and agree to rounding."""
+    x, y = 3 * RNG(0).standard_normal((600, 6)) + 1, 2 * RNG(1).standard_normal((rows, 6)) - 0.5
+    assert rows > 6 * 7
+    direct = kernel.cubic_kernel(x, y)
+    np.testing.assert_allclose(kernel._row_sums(x, y, kernel.cubic_kernel), direct.sum(axis=1), rtol=1e-11, atol=1e-9)
+    few = y[:42]
+    assert (kernel._row_sums(x, few, kernel.cubic_kernel) == kernel.cubic_kernel(x, few).sum(axis=1))[:512].all()
+
+
 @pytest.mark.parametrize("stripe", [32, 7])
 def test_stripes_change_no_bit(monkeypatch, stripe):
     """What stays in a core's cache is a matter of speed alone."""
