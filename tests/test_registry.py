@@ -51,8 +51,12 @@ def test_what_cannot_be_read_says_so(text: str, message: str) -> None:
 
 
 def test_a_text_that_reads_as_a_number_is_a_text() -> None:
-    assert registry.build_method("ddim+layer-skip(blocks=3)").text == "ddim+layer-skip(blocks=3)"
-    assert registry.build_method("ddim+faster-diffusion(keys=0)").text == "ddim+faster-diffusion(keys=0)"
+    """Its name says so by quotes, and is read as the same."""
+    for typed, name in (
+        ("ddim+layer-skip(blocks=3)", 'ddim+layer-skip(blocks="3")'),
+        ("ddim+faster-diffusion(keys=0)", 'ddim+faster-diffusion(keys="0")'),
+    ):
+        assert registry.build_method(typed).text == registry.build_method(name).text == name
 
 
 def test_lists_split_outside_parentheses() -> None:

@@ -412,12 +412,12 @@ def test_amounts_must_be_one_or_one_per_row() -> None:
 def test_columns_of_a_chunk() -> None:
     ledger = Ledger(3)
     ledger.add_network("base", None, 3, cost=np.array([1.0, 0.5, 0.25]), flops=8.0)
-    plain = worker._counts(ledger, 2)
+    plain = worker._counts(ledger)
     assert sorted(plain) == ["count:cost", "count:depth", "count:evals.base", "count:flops", "count:nfe"]
-    np.testing.assert_array_equal(plain["count:cost"], [1.0, 0.5])
+    np.testing.assert_array_equal(plain["count:cost"], [1.0, 0.5, 0.25])
     ledger.add_aux("reward", None, 3, flops=1.0)
     ledger.add_backward(np.array([0]), 1, cost=2.0, flops=16.0)
-    more = worker._counts(ledger, 3)
+    more = worker._counts(ledger)
     assert sorted(set(more) - set(plain)) == ["count:aux.reward", "count:backward"]
     np.testing.assert_array_equal(more["count:backward"], [1, 0, 0])
     np.testing.assert_array_equal(more["count:flops"], [25, 9, 9])

@@ -22,6 +22,8 @@ from evalbench.report.tables import Shown
 from evalbench.report.view import blocks
 from evalbench.store import Store
 
+pytestmark = pytest.mark.slow
+
 NFE = 4
 PLAIN = (2, 8)  # budgets of the solver that prepares nothing, beside NFE
 METRIC = "paired-median@pixels"
