@@ -49,9 +49,13 @@ class Beside:
         return future
 
     def _run(self) -> None:
-        self._prepare()
+        prepared = at_once(self._prepare)
         while (item := self._calls.get()) is not None and not self._left.is_set():
-            _make(*item)
+            call, future = item
+            if error := prepared.exception():  # nobody would meet it here, and all would wait for their results
+                future.set_exception(error)
+            else:
+                _make(call, future)
 
 
 def _make(call: Callable[[], T], future: Future[T]) -> None:

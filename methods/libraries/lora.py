@@ -194,11 +194,14 @@ def _read(file: Path, where: str) -> dict[str, _Update]:
         plain = _renamed(key)
         if match := _MATRIX.fullmatch(plain):
             matrices.setdefault(match["module"], {})[_KINDS[match["kind"]]] = key
-        elif match := _ALPHA.fullmatch(plain):
+        elif (match := _ALPHA.fullmatch(plain)) and stored[key].numel() == 1:
             alphas[match["module"]] = float(stored[key])
         else:
             raise UserError(f"{where}: {_why_unknown(key)}")
-    factor = _factors(header, alphas)
+    try:
+        factor = _factors(header, alphas)
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{where}: {_METADATA} in its header is no JSON object ({error}); save it again") from None
     return {name: _update(name, keys, stored, factor, where) for name, keys in matrices.items()}
 
 

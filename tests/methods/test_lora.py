@@ -207,11 +207,20 @@ def test_a_digest_that_looks_like_a_number_is_still_a_text() -> None:
     assert registry.build_method(text).text == text
 
 
+@pytest.mark.parametrize("header", ["{", "[]"])
+def test_a_header_that_is_no_json_object_is_one_line(header: str, tmp_path: Path) -> None:
+    file = tmp_path / "x.safetensors"
+    save_file(peft_layout("dit", matrices("dit")), file, metadata={"lora_adapter_metadata": header})
+    with pytest.raises(UserError, match="no JSON object"):
+        registry.build_method(f"ddim+lora:{file}").parts[1].check(4, 0)
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
         ({"text_encoder.q_proj.lora_linear_layer.up.weight": torch.zeros(4, 3)}, "adapts a text encoder"),
         ({"transformer.transformer_blocks.0.attn1.to_q.lora_magnitude_vector": torch.zeros(4)}, "unknown key"),
+        ({"transformer.transformer_blocks.0.attn1.to_q.alpha": torch.zeros(2)}, "unknown key"),
         ({"transformer.transformer_blocks.0.attn1.to_v.lora_A.weight": torch.zeros(3, 4)}, "has no partner"),
         ({"transformer.transformer_blocks.0.attn1.to_q.lora_B.weight": torch.zeros(16, 4)}, "does not go with"),
     ],
