@@ -23,10 +23,13 @@ class Artifacts:
     def __init__(self, store: Store, suite: Suite, plugins: Mapping[str, str]) -> None:
         self.store, self.suite, self.plugins = store, suite, plugins
         self._known: dict[str, tuple[tuple[Artifact | None, ...], dict[str, Any]]] = {}
+        self._keys: dict[Cell, str] = {}  # asked for once per chunk, and dear: the method is built for it
 
     def key(self, cell: Cell) -> str:
         """The preparation of a cell; empty when its method prepares nothing."""
-        return preparation_key(self.suite, registry.build_method(cell.method), cell)
+        if cell not in self._keys:
+            self._keys[cell] = preparation_key(self.suite, registry.build_method(cell.method), cell)
+        return self._keys[cell]
 
     def missing(self, cells: Iterable[Cell]) -> list[PrepareJob]:
         """Preparations that these cells need and the folder lacks, each once."""

@@ -6,10 +6,12 @@ import contextlib
 import itertools
 import logging
 import os
+import pickle
 import time
 from collections import Counter, deque
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 import ray
@@ -17,6 +19,7 @@ import ray
 from evalbench import timing, warm, worker
 from evalbench.errors import EvalbenchError, UserError, unknown
 from evalbench.failures import Policy, Retries
+from evalbench.spec import Suite
 from evalbench.timing import LatencyJob, LatencyResult, Timing
 from evalbench.worker import Job, JobFailure, Outcome, PrepareJob
 
@@ -51,6 +54,34 @@ def _enter(folder: str) -> None:
         os.chdir(folder)
 
 
+class _Packer:
+    """Jobs as they travel. The suite and the plug-ins, the same in all jobs of a run, are pickled once, not per job."""
+
+    def __init__(self) -> None:
+        self._suite: Suite | None = None
+        self._plugins: Mapping[str, str] | None = None
+        self._common = b""
+
+    def packed(self, job: Job | PrepareJob) -> tuple[Job | PrepareJob, bytes]:
+        """A job without what is common, and that."""
+        if job.suite is not self._suite or job.plugins is not self._plugins:
+            self._suite, self._plugins = job.suite, job.plugins
+            self._common = pickle.dumps((job.suite, dict(job.plugins)))
+        return replace(job, suite=None, plugins={}), self._common  # type: ignore[arg-type]
+
+
+def _unpacked(job: Job | PrepareJob, common: bytes) -> Job | PrepareJob:
+    """The job that `_Packer.packed` was given."""
+    suite, plugins = _common(common)
+    return replace(job, suite=suite, plugins=plugins)
+
+
+@lru_cache(maxsize=4)
+def _common(content: bytes) -> tuple[Suite, dict[str, str]]:
+    found: tuple[Suite, dict[str, str]] = pickle.loads(content)  # from this run's own driver, as all that Ray carries
+    return found
+
+
 @ray.remote(concurrency_groups={"watch": 1})  # type: ignore[call-overload]
 class _Worker:
     """What runs in an actor: the worker module, kept warm. It answers `stack` while `run` runs."""
@@ -63,12 +94,12 @@ class _Worker:
         """The node this runs on, and what it computes with."""
         return ray.get_runtime_context().get_node_id(), worker.describe()
 
-    def run(self, job: Job | PrepareJob) -> Outcome:
+    def run(self, job: Job | PrepareJob, common: bytes) -> Outcome:
         import threading
 
         self._thread = threading.get_ident()
         # the driver has the job already: it does not travel back
-        return replace(worker.run_job(job), job=None)  # type: ignore[arg-type]
+        return replace(worker.run_job(_unpacked(job, common)), job=None)  # type: ignore[arg-type]
 
     @ray.method(concurrency_group="watch")
     def stack(self) -> str:
@@ -165,6 +196,7 @@ class RayExecutor:
         self._kind = _resource(device)
         self.workers = workers or self._devices()
         self._slots: list[_Slot] = []
+        self._packer = _Packer()
         self._class = ""
         self._looked = 0.0
         self._made = 0
@@ -303,7 +335,7 @@ class RayExecutor:
                     return
                 if not slot.jobs:
                     slot.since = now
-                slot.jobs.append((slot.actor.run.remote(job), job))
+                slot.jobs.append((slot.actor.run.remote(*self._packer.packed(job)), job))
 
     def _landed(self, running: list[_Slot], retries: Retries) -> list[_Slot]:
         """Workers whose job is done, or lost; waits for one, but not past what is due."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import os
 import time
@@ -19,7 +20,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 
@@ -88,12 +89,16 @@ def write_npz(
     digest = np.array(digest_of(arrays, text))
     small = group is not None and sum(a.nbytes for a in arrays.values()) < LARGE
 
-    def write(stream: BinaryIO) -> None:
+    def write(stream: IO[bytes]) -> None:
         np.savez(stream, allow_pickle=False, **arrays, facts=np.array(text), sha256=digest)
 
-    _replace(file, write, through=not small)
     if small and group is not None:
+        whole = io.BytesIO()  # one trip to the file system: zipfile makes dozens, and each hands the interpreter over
+        write(whole)
+        _replace(file, lambda stream: stream.write(whole.getbuffer()), through=False)
         group.add(file)
+    else:
+        _replace(file, write, through=True)
 
 
 def read_npz(file: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -110,17 +115,17 @@ def read_npz(file: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     return arrays, json.loads(text)
 
 
-def read_facts(file: Path) -> tuple[list[str], dict[str, Any]]:
-    """Names of the arrays of a file and its facts; the arrays are not read, and not checked.
+def read_facts(file: Path) -> dict[str, Any]:
+    """Facts of a file; its arrays are not read, and not checked.
 
     Raises:
         DamagedFile: missing or truncated.
     """
     with opened(file) as content:
-        names = [name for name in content.files if name not in ("facts", "sha256")]
         if "sha256" not in content.files:
             raise DamagedFile(f"{file} is damaged (no digest inside)")
-        return names, json.loads(str(content["facts"]))
+        facts: dict[str, Any] = json.loads(str(content["facts"]))
+        return facts
 
 
 @contextlib.contextmanager
@@ -131,9 +136,11 @@ def opened(file: Path) -> Iterator[Any]:
         DamagedFile: missing, truncated or no npz, whenever that shows.
     """
     try:
-        # numpy leaves a file of its own open when it is damaged
-        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as content:
-            yield content
+        # numpy leaves a file of its own open when it is damaged; a small one is read at once, as it was written
+        with file.open("rb") as stream:
+            small = os.fstat(stream.fileno()).st_size < LARGE
+            with np.load(io.BytesIO(stream.read()) if small else stream, allow_pickle=False) as content:
+                yield content
     except FileNotFoundError:
         raise DamagedFile(f"{file} is missing") from None
     except (OSError, ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile) as error:
@@ -198,7 +205,7 @@ def _cut_torn_line(stream: Any) -> int:
     return position
 
 
-def _replace(file: Path, write: Callable[[BinaryIO], object], *, through: bool) -> None:
+def _replace(file: Path, write: Callable[[IO[bytes]], object], *, through: bool) -> None:
     temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex[:12]}")  # processes of several hosts share a folder
     with _disk(file):
         try:

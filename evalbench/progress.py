@@ -20,14 +20,26 @@ _WORKERS_SHOWN = 8
 
 
 class CostModel:
-    """Seconds of a piece as a * forwards + b * samples, fitted to the pieces that landed."""
+    """Seconds of a piece as a * forwards + b * samples, a and b at least 0, fitted to the pieces that landed.
+
+    Only sums over pieces are kept: a run has millions of them.
+    """
 
     def __init__(self) -> None:
-        self._rows: list[tuple[float, float, float]] = []
+        self._kinds: set[float] = set()
+        self._forwards = self._seconds = 0.0
+        self._ff = self._fs = self._ss = self._fy = self._sy = 0.0  # f: forwards, s: samples, y: seconds
 
     def add(self, forwards: float, samples: float, seconds: float) -> None:
         """A piece landed."""
-        self._rows.append((forwards, samples, seconds))
+        self._kinds.add(_kind(forwards, samples))
+        self._forwards += forwards
+        self._seconds += seconds
+        self._ff += forwards * forwards
+        self._fs += forwards * samples
+        self._ss += samples * samples
+        self._fy += forwards * seconds
+        self._sy += samples * seconds
 
     def seconds(self, forwards: float, samples: float) -> float | None:
         """Predicted worker-seconds; None while the pieces seen cannot tell.
@@ -47,20 +59,16 @@ class CostModel:
         """Seconds per forward; with one kind of piece seen, its whole time is put on them. 0 before the first."""
         if len(self._kinds) > 1:
             return self._fit()[0]
-        forwards = sum(row[0] for row in self._rows)
-        return sum(row[2] for row in self._rows) / forwards if forwards else 0.0
-
-    @property
-    def _kinds(self) -> set[float]:
-        return {_kind(forwards, samples) for forwards, samples, _ in self._rows}
+        return self._seconds / self._forwards if self._forwards else 0.0
 
     def _fit(self) -> tuple[float, float]:
-        import numpy as np
-        from scipy.optimize import nnls
-
-        table = np.asarray(self._rows)
-        (a, b), _ = nnls(table[:, :2], table[:, 2])
-        return float(a), float(b)
+        """Least squares by the normal equations; where one of the two would be negative, the other has all."""
+        determinant = self._ff * self._ss - self._fs**2
+        a = (self._ss * self._fy - self._fs * self._sy) / determinant
+        b = (self._ff * self._sy - self._fs * self._fy) / determinant
+        if b < 0:
+            return self._fy / self._ff, 0.0
+        return (a, b) if a >= 0 else (0.0, self._sy / self._ss)
 
 
 def _kind(forwards: float, samples: float) -> float:

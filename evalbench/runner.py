@@ -292,13 +292,15 @@ class _Loop:
         return bool(features.items() <= facts["features"].items())
 
     def _jobs(self) -> Iterator[Job]:
-        """One chunk of every cell, then cell by cell.
+        """One chunk of every cell, then cell by cell, those of the largest budget first.
 
-        So a method that fails is found out early, and the estimate of the time left knows every kind of cell.
+        So a method that fails is found out early, the estimate of the time left knows every kind of cell, and at the
+        end no worker has a long chunk before it while the others have none.
         """
         given: set[Chunk] = set()
+        longest_first = sorted(self.plan.work, key=lambda cell: -cell.nfe)
         for most in (1, None):
-            for cell in self.plan.work:
+            for cell in longest_first:
                 chunks = self.claims.order([c for c in self._waiting.get(cell.id, ()) if c not in given])
                 for chunk in chunks[:most]:
                     if cell.id in self._failed:

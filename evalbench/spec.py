@@ -7,6 +7,7 @@ import json
 import re
 import tomllib
 from collections.abc import Iterable
+from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -405,8 +406,12 @@ class Cell(Frozen):
     @property
     def id(self) -> str:
         """Hash of everything a sample of this cell depends on."""
-        facts = self.model_dump(exclude={"method"})
-        return content_id(facts)
+        return _cell_id(self)
+
+
+@lru_cache(maxsize=1 << 14)  # it is asked for several times per chunk
+def _cell_id(cell: Cell) -> str:
+    return content_id(cell.model_dump(exclude={"method"}))
 
 
 class Chunk(NamedTuple):

@@ -31,6 +31,7 @@ from evalbench.spec import Chunk, Imported, MetricValue, Record, Suite, content_
 
 IMPORTS = "imports.jsonl"  # scores of other programs, one a line
 TABLE_OF = ("manifest.json", "records.jsonl", IMPORTS)  # the files of a run folder that its table is made of
+_COUNT, _COUNTS = "count:", "counts"  # what names of counts begin with; the array that holds all of a chunk
 _CHUNK = re.compile(r"(\d+)-(\d+)\.npz")
 
 
@@ -157,7 +158,8 @@ class Store:
 
     def write_chunk(self, chunk: Chunk, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> None:
         """Write a chunk atomically: a reader sees the whole chunk or none. `flush` makes it durable."""
-        write_npz(self.chunk_file(chunk), arrays, {**facts, "chunk": list(chunk)}, group=self._group)
+        arrays, facts = _stacked(arrays, {**facts, "chunk": list(chunk)})
+        write_npz(self.chunk_file(chunk), arrays, facts, group=self._group)
 
     def read_chunk(self, chunk: Chunk) -> dict[str, np.ndarray]:
         """All arrays of a chunk but its facts, checked against the digest inside.
@@ -172,16 +174,16 @@ class Store:
         with _named(chunk):
             arrays, facts = read_npz(self.chunk_file(chunk))
         self._check_place(chunk, facts)
-        return arrays, facts
+        return _unstacked(arrays, facts)
 
     def chunk_facts(self, chunk: Chunk) -> dict[str, Any] | None:
-        """Facts of a chunk with the names of its arrays under `arrays`; None when missing or damaged."""
+        """Facts of a chunk; None when missing or damaged. Its arrays are not read, and not checked."""
         try:
-            names, facts = read_facts(self.chunk_file(chunk))
+            facts = read_facts(self.chunk_file(chunk))
             self._check_place(chunk, facts)
         except DamagedFile:
             return None
-        return facts | {"arrays": names}
+        return facts
 
     def remove_chunk(self, chunk: Chunk) -> None:
         """Forget a chunk, so that it is computed again."""
@@ -250,12 +252,34 @@ class Store:
             size = chunk.stop - chunk.start
             parts.setdefault("sample", []).append(np.arange(chunk.start, chunk.stop))
             with _named(chunk), opened(self.chunk_file(chunk)) as content:
-                for name in content.files:
-                    if name != "images" and (values := content[name]).shape == (size,):
-                        parts.setdefault(name, []).append(values)
+                held = {name: content[name] for name in content.files if name not in ("images", "facts", "sha256")}
+                arrays, _ = _unstacked(held, json.loads(str(content["facts"])))
+            for name, values in arrays.items():
+                if values.shape == (size,):
+                    parts.setdefault(name, []).append(values)
         # a column that some chunks lack (a metric that came later) would be shorter than the index
         whole = {name: found for name, found in parts.items() if len(found) == len(parts["sample"])}
         return {name: np.concatenate(found) for name, found in whole.items()}
+
+
+def _stacked(
+    arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The ledger's counts as the rows of one array, named in the facts: an array costs as much as its bytes do here."""
+    counts = {name: values for name, values in arrays.items() if name.startswith(_COUNT)}
+    if len({(values.dtype.str, values.shape) for values in counts.values()}) != 1:
+        return dict(arrays), dict(facts)
+    others = {name: values for name, values in arrays.items() if name not in counts}
+    return {**others, _COUNTS: np.stack(list(counts.values()))}, {**facts, _COUNTS: list(counts)}
+
+
+def _unstacked(
+    arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """What `_stacked` was given; a chunk from before has its counts one by one."""
+    found, said = dict(arrays), dict(facts)
+    names = said.pop(_COUNTS, ())
+    return found | dict(zip(names, found.pop(_COUNTS, ()), strict=True)), said
 
 
 @contextlib.contextmanager

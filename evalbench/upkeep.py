@@ -134,7 +134,7 @@ def _removed(file: Path) -> int:
 
 def _without_features(store: Store, chunk: Chunk) -> int:
     """Rewrite a chunk without its rows of features: counts, scores and images stay; bytes freed."""
-    arrays, facts = read_npz(store.chunk_file(chunk))
+    arrays, facts = store.read_whole_chunk(chunk)
     kept = {name: values for name, values in arrays.items() if values.ndim == 1 or name == "images"}
     if len(kept) == len(arrays):
         return 0

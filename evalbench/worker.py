@@ -12,13 +12,16 @@ import math
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 
 from evalbench import environment, registry, starts, warm
+from evalbench.beside import Beside, at_once
 from evalbench.cost.ledger import Ledger
 from evalbench.errors import BadSamples, Unsupported, UserError, some
 from evalbench.interfaces import Artifact, Cond, Extractor, Model, Outside, Parts, SampleBatch
@@ -191,10 +194,17 @@ def _compute(job: Job, setup: Setup, extractors: Mapping[str, Extractor]) -> dic
     start, stop = job.chunk.start, job.chunk.stop
     batch = job.suite.sampling.batch
     draw = _draws(job, setup, chain)
-    blocks = [
-        _batch(job, setup, draw, extractors, range(first, first + batch), min(batch, stop - first))
-        for first in range(start, stop, batch)
-    ]
+    with Beside(environment.prepare_process) as beside:
+        seen = beside if overlaps(setup.device) else at_once
+        looks: list[Future[dict[str, np.ndarray]]] = []
+        for first in range(start, stop, batch):
+            indices = range(first, first + batch)
+            cond = conditions(job.suite, setup.model, indices, setup.device)
+            drawn = draw(indices, cond)
+            if looks:
+                looks[-1].result()  # of two batches at most is anything held; a bad one ends the chunk here
+            looks.append(seen(partial(_looked_at, job, setup, drawn, cond, extractors, indices[: stop - first])))
+        blocks = [look.result() for look in looks]
     return {name: np.concatenate([_column(block, name) for block in blocks]) for name in _names(blocks)}
 
 
@@ -263,30 +273,33 @@ def _delivery(job: Job, setup: Setup, solver: Outside) -> Draw:
     return draw
 
 
-def _batch(
-    job: Job,
-    setup: Setup,
-    draw: Draw,
-    extractors: Mapping[str, Extractor],
-    indices: range,
-    keep: int,
+def overlaps(device: torch.device) -> bool:
+    """Whether features, checks and digests of a batch are made while the next one is drawn.
+
+    On a GPU drawing leaves the processor idle; on a CPU the one thread of a worker has no time to share.
+    """
+    return device.type == "cuda"
+
+
+def _looked_at(
+    job: Job, setup: Setup, drawn: _Drawn, cond: Cond, extractors: Mapping[str, Extractor], indices: range
 ) -> dict[str, np.ndarray]:
-    """Samples of the given global indices and what the extractors make of them; the first `keep` rows count."""
-    cond = conditions(job.suite, setup.model, indices, setup.device)
-    x, images, decoded, counts = draw(indices, cond)
+    """What the extractors make of samples, with their counts; the rows of `indices` count, those after them pad."""
+    x, images, decoded, counts = drawn
+    keep = len(indices)
     batch = SampleBatch(x, images, cond, setup.model)
-    repeated = starts.repeats(job.suite, setup.model.shape, indices[:keep])
-    _check(batch, decoded, indices[:keep], repeated)
+    repeated = starts.repeats(job.suite, setup.model.shape, indices)
+    _check(batch, decoded, indices, repeated)
     with torch.no_grad():
         arrays = {name: extract(batch)[:keep].cpu().numpy() for name, extract in extractors.items()}
     for name, rows in arrays.items():
-        _check_features(name, rows, indices[:keep])
+        _check_features(name, rows, indices)
     if batch.images is not None:
         arrays[_DIGEST] = np.where(repeated, _REPEAT, _digests(x[:keep]))
     return (
         arrays
         | {name: values[:keep] for name, values in counts.items()}
-        | _prompted(job.suite, cond, setup.model, indices[:keep])
+        | _prompted(job.suite, cond, setup.model, indices)
         | _kept_images(batch, indices, keep, job.keep_images)
     )
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from support import MISBEHAVING, descends, request, run_serial, small_suite
 
 from evalbench import runner
-from evalbench.cluster import RayExecutor, _Supply, ray
+from evalbench.cluster import RayExecutor, _Packer, _Supply, _unpacked, ray
 from evalbench.failures import Policy
 from evalbench.report import build_report
 from evalbench.store import Store
@@ -134,6 +135,17 @@ def _wait_until_all_have_started(executor: RayExecutor) -> None:
     executor.environment()
     while any(slot.environment is None for slot in executor._slots):
         executor.environment()
+
+
+def test_what_all_jobs_share_is_pickled_once() -> None:
+    first, second = (replace(job, keep_images=True) for job in _jobs("ddim", MISBEHAVING, 2))
+    packer = _Packer()
+    light, common = packer.packed(first)
+    assert light == replace(first, suite=None, plugins={}), "it stays out of what is pickled for each job"  # type: ignore[arg-type]
+    assert packer.packed(second)[1] is common
+    assert _unpacked(light, common) == first
+    other = replace(first, suite=first.suite.override(samples=7))
+    assert _unpacked(*packer.packed(other)) == other
 
 
 def test_the_last_jobs_are_kept_for_workers_that_are_free() -> None:

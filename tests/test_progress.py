@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import io
 
+import numpy as np
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from rich.console import Console
+from scipy.optimize import nnls
 
 from evalbench.progress import MOST_DRAG, CostModel, Phase, ProgressBar
 
@@ -16,6 +20,20 @@ def test_the_cost_model_finds_both_costs() -> None:
         model.add(100 * nfe, 100, 0.01 * 100 * nfe + 0.3 * 100)
     assert model.seconds(4000, 50) == pytest.approx(0.01 * 4000 + 0.3 * 50)
     assert model.per_forward == pytest.approx(0.01)
+
+
+@given(
+    pieces=st.lists(st.tuples(st.integers(1, 50), st.integers(1, 500), st.floats(0.0, 100.0)), min_size=2, max_size=12)
+)
+def test_the_cost_model_is_nonnegative_least_squares(pieces: list[tuple[int, int, float]]) -> None:
+    assume(len({nfe for nfe, _, _ in pieces}) > 1)
+    model = CostModel()
+    rows = np.array([(nfe * samples, samples) for nfe, samples, _ in pieces], dtype=float)
+    seconds = np.array([seconds for *_, seconds in pieces])
+    for (forwards, samples), took in zip(rows.tolist(), seconds.tolist(), strict=True):
+        model.add(forwards, samples, took)
+    (a, b), _ = nnls(rows, seconds)
+    assert model.seconds(1000, 100) == pytest.approx(1000 * a + 100 * b, rel=1e-6, abs=1e-6)
 
 
 def test_one_kind_of_piece_says_nothing_about_another() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from support import EFFORT, MISBEHAVING, PREPARES, request, run_serial, small_suite, timed_request
 
-from evalbench import runner
+from evalbench import runner, worker
 from evalbench.errors import UserError
 from evalbench.runner import SerialExecutor
 from evalbench.spec import Record
@@ -28,6 +28,12 @@ def test_a_second_run_computes_nothing(tmp_path: Path) -> None:
     assert len(computed.jobs) == 3 * (4 + 1)  # 3 chunks of 4 cells and of the fine solution
     assert again.jobs == []
     assert first == second
+
+
+def test_the_largest_budgets_are_computed_first(tmp_path: Path) -> None:
+    wanted = request(small_suite(), ["ddim"], [5, 20, 10], metrics=("fd@identity",))
+    _, computed = run_serial(wanted, tmp_path)
+    assert [job.cell.nfe for job in computed.jobs] == [20, 10, 5, 20, 20, 10, 10, 5, 5]
 
 
 def test_a_new_method_computes_only_its_cells(tmp_path: Path) -> None:
@@ -163,6 +169,33 @@ def test_poisoned_images_are_error_rows_that_name_the_samples(tmp_path: Path) ->
     assert messages["one-grey"] == "1 of 32 images are constant (samples 37)"
     assert messages["bytes"].startswith("32 of 32 samples are out of range: root mean square above 3")
     assert [record.status for record in records] == ["error"] * 3
+
+
+def test_batches_are_looked_at_while_the_next_is_drawn_with_the_same_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a GPU's worker does, on this CPU."""
+    threads, look = set(), worker._looked_at
+
+    def watched(*args):  # type: ignore[no-untyped-def]
+        threads.add(threading.current_thread().name)
+        return look(*args)
+
+    monkeypatch.setattr(worker, "_looked_at", watched)
+    suite = small_suite("fashion-mixture", chunk=96)
+    wanted = request(suite, ["ddim(eta=1)", "one-grey"], metrics=("fd@fashion64",), plugins={"poisoned.py": POISONED})
+    found = {}
+    for overlaps in (False, True):
+        monkeypatch.setattr(worker, "overlaps", lambda device, answer=overlaps: answer)
+        threads.clear()
+        records, _ = run_serial(wanted, tmp_path / str(overlaps))
+        assert threads == {"beside" if overlaps else threading.current_thread().name}
+        store = Store(tmp_path / str(overlaps))
+        arrays = {chunk: store.read_chunk(chunk) for r in records for chunk in store.present_chunks(r.cell.id)}
+        content = {(chunk, name): rows.tobytes() for chunk, held in arrays.items() for name, rows in held.items()}
+        found[overlaps] = (content, [r.failure and r.failure.message for r in records])
+    assert found[True] == found[False]
+    assert found[True][1] == [None, "1 of 32 images are constant (samples 37)"]
 
 
 def test_errors_are_tried_again_and_unsupported_pairs_are_not(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import small_suite
 
-from evalbench.durable import GROUP, LARGE, Group
+from evalbench.durable import GROUP, LARGE, Group, write_npz
 from evalbench.errors import EvalbenchError, UserError
 from evalbench.spec import Cell, Chunk, Record
 from evalbench.store import DamagedChunk, Store, open_run
@@ -67,8 +67,25 @@ def test_chunks_come_back_as_written(store: Store) -> None:
     for name, values in store.read_chunk(chunk).items():
         np.testing.assert_array_equal(values, arrays[name])
     facts = store.chunk_facts(chunk)
-    assert facts == {"seconds": 1.5, "arrays": ["x", "images"], "chunk": ["cell", 0, 4]}
+    assert facts == {"seconds": 1.5, "chunk": ["cell", 0, 4]}
     assert not list((store.folder / "chunks" / "cell").glob(".*")), "no temporary file stays"
+
+
+def test_counts_come_back_whether_they_lie_together_or_as_before(store: Store) -> None:
+    arrays = {"x": np.ones((2, 3)), "count:nfe": np.array([4.0, 6.0]), "count:cost": np.array([8.0, 12.0])}
+    facts = {"seconds": 1.5}
+    store.write_chunk(Chunk("together", 0, 2), arrays, facts)
+    before = Chunk("before", 0, 2)
+    write_npz(store.chunk_file(before), arrays, {**facts, "chunk": list(before)})
+    with np.load(store.chunk_file(Chunk("together", 0, 2))) as content:
+        assert set(content.files) == {"x", "counts", "facts", "sha256"}
+    for chunk in (Chunk("together", 0, 2), before):
+        found, said = store.read_whole_chunk(chunk)
+        assert said == {"seconds": 1.5, "chunk": list(chunk)}
+        assert {name: values.tolist() for name, values in found.items()} == {
+            name: values.tolist() for name, values in arrays.items()
+        }
+        assert store.per_sample(chunk.cell_id)["count:cost"].tolist() == [8.0, 12.0]
 
 
 def test_equal_chunks_are_equal_bytes(store: Store) -> None:
