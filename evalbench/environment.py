@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from threadpoolctl import threadpool_limits
 
 from evalbench import __version__
 from evalbench.spec import content_id
@@ -35,11 +36,20 @@ def prepare_process(threads: int = 1) -> None:
     """Settings of a quality run: one thread, deterministic algorithms, no TF32 (design, section 5)."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.set_num_threads(threads)
+    _limit_blas(threads)
     # the flag of use_deterministic_algorithms(True), which would import torch._inductor: over a second per process
     torch.set_deterministic_debug_mode("error")
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.benchmark = False
+
+
+@lru_cache(maxsize=1)
+def _limit_blas(threads: int) -> None:
+    """The same for numpy and scipy: a second thread of theirs waits by spinning, on a core that a worker needs."""
+    import scipy.linalg  # noqa: F401  # its BLAS is another than numpy's, and only what is loaded can be limited
+
+    threadpool_limits(limits=threads, user_api="blas")
 
 
 @lru_cache(maxsize=1)
