@@ -37,7 +37,7 @@ class Idle:
     def environment(self) -> tuple[str, dict[str, Any]]:
         return ray.get_runtime_context().get_node_id(), worker.describe()
 
-    def run(self, job: Any, common: bytes) -> ChunkResult:
+    def run(self, job: Any, common: Any) -> ChunkResult:
         from evalbench import registry
 
         rng = np.random.default_rng(job.chunk.start)

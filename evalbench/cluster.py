@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import logging
 import os
-import pickle
 import time
 from collections import Counter, deque
 from collections.abc import Collection, Iterator, Mapping
@@ -55,30 +54,30 @@ def _enter(folder: str) -> None:
 
 
 class _Packer:
-    """Jobs as they travel. The suite and the plug-ins, the same in all jobs of a run, are pickled once, not per job."""
+    """Jobs as they travel. The suite and the plug-ins, the same in all jobs of a run, go to Ray's store once."""
 
     def __init__(self) -> None:
         self._suite: Suite | None = None
         self._plugins: Mapping[str, str] | None = None
-        self._common = b""
+        self._common: Any = None
 
-    def packed(self, job: Job | PrepareJob) -> tuple[Job | PrepareJob, bytes]:
-        """A job without what is common, and that."""
+    def packed(self, job: Job | PrepareJob) -> tuple[Job | PrepareJob, list[Any]]:
+        """A job without what is common, and the reference of that; in a list, or Ray would fetch it for every call."""
         if job.suite is not self._suite or job.plugins is not self._plugins:
             self._suite, self._plugins = job.suite, job.plugins
-            self._common = pickle.dumps((job.suite, dict(job.plugins)))
-        return replace(job, suite=None, plugins={}), self._common  # type: ignore[arg-type]
+            self._common = ray.put((job.suite, dict(job.plugins)))
+        return replace(job, suite=None, plugins={}), [self._common]  # type: ignore[arg-type]
 
 
-def _unpacked(job: Job | PrepareJob, common: bytes) -> Job | PrepareJob:
+def _unpacked(job: Job | PrepareJob, common: list[Any]) -> Job | PrepareJob:
     """The job that `_Packer.packed` was given."""
-    suite, plugins = _common(common)
+    suite, plugins = _common(*common)
     return replace(job, suite=suite, plugins=plugins)
 
 
 @lru_cache(maxsize=4)
-def _common(content: bytes) -> tuple[Suite, dict[str, str]]:
-    found: tuple[Suite, dict[str, str]] = pickle.loads(content)  # from this run's own driver, as all that Ray carries
+def _common(reference: Any) -> tuple[Suite, dict[str, str]]:
+    found: tuple[Suite, dict[str, str]] = ray.get(reference)
     return found
 
 
@@ -94,7 +93,7 @@ class _Worker:
         """The node this runs on, and what it computes with."""
         return ray.get_runtime_context().get_node_id(), worker.describe()
 
-    def run(self, job: Job | PrepareJob, common: bytes) -> Outcome:
+    def run(self, job: Job | PrepareJob, common: list[Any]) -> Outcome:
         import threading
 
         self._thread = threading.get_ident()

@@ -77,7 +77,8 @@ ARROWS: dict[str, set[str]] = {
     "warm": {"environment", "cost"},
     "sampling": {"warm", "models", "engine", "cost", "environment", "metrics", "prompts", "starts", "outside"},
     "preparation": {"sampling", "metrics"},
-    "worker": {"preparation", "suite_references"},
+    "beside": {"errors"},
+    "worker": {"preparation", "suite_references", "beside"},
     "timing": {"sampling", "metrics"},
     "failures": {"worker"},
     "execution": {"failures", "timing"},
@@ -88,7 +89,6 @@ ARROWS: dict[str, set[str]] = {
     "claim_words": {"stats", "interfaces"},
     "claims": {"claim_words", "runner", "report"},  # report: the rendering
     "upkeep": {"store", "report"},
-    "beside": {"errors"},
     "runner": {"beside", "cluster", "plan", "shards", "reduce", "store", "artifacts", "observer", "status"},
     "bundle": {"runner", "upkeep"},
 }

@@ -137,12 +137,12 @@ def _wait_until_all_have_started(executor: RayExecutor) -> None:
         executor.environment()
 
 
-def test_what_all_jobs_share_is_pickled_once() -> None:
+def test_what_all_jobs_share_travels_once(ray_two: RayExecutor) -> None:
     first, second = (replace(job, keep_images=True) for job in _jobs("ddim", MISBEHAVING, 2))
     packer = _Packer()
     light, common = packer.packed(first)
-    assert light == replace(first, suite=None, plugins={}), "it stays out of what is pickled for each job"  # type: ignore[arg-type]
-    assert packer.packed(second)[1] is common
+    assert light == replace(first, suite=None, plugins={}), "it stays out of what is sent for each job"  # type: ignore[arg-type]
+    assert packer.packed(second)[1] == common
     assert _unpacked(light, common) == first
     other = replace(first, suite=first.suite.override(samples=7))
     assert _unpacked(*packer.packed(other)) == other
