@@ -89,6 +89,8 @@ def test_a_plugin_that_does_not_import_names_its_file() -> None:
 
 
 def test_every_part_has_a_summary() -> None:
+    """Those of the project: tests that ran before in this process have left plug-ins in the registry."""
     for kind in registry.KINDS:
         for name in registry.names(kind):
-            assert registry.get(kind, name).summary().endswith("."), f"{kind} {name}"
+            part = registry.get(kind, name)
+            assert part.__module__.startswith("evalbench_plugin_") or part.summary().endswith("."), f"{kind} {name}"
