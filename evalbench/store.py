@@ -241,8 +241,8 @@ class Store:
     def per_sample(self, cell_id: str) -> dict[str, np.ndarray]:
         """What a cell has one number of per sample: `sample` (its index), scores, `count:NAME`; each (n,).
 
-        Rows of features and images are left on disk, so no digest is held against what is read. Empty when the folder
-        has no chunk of the cell.
+        Images are left on disk and rows of features let go at once, so no digest is held against what is read. Empty
+        when the folder has no chunk of the cell.
 
         Raises:
             DamagedChunk: a chunk is truncated.
@@ -252,7 +252,8 @@ class Store:
             size = chunk.stop - chunk.start
             parts.setdefault("sample", []).append(np.arange(chunk.start, chunk.stop))
             with _named(chunk), opened(self.chunk_file(chunk)) as content:
-                held = {name: content[name] for name in content.files if name not in ("images", "facts", "sha256")}
+                names = [name for name in content.files if name not in ("images", "facts", "sha256")]
+                held = {name: rows for name in names if (rows := content[name]).ndim == 1 or name == _COUNTS}
                 arrays, _ = _unstacked(held, json.loads(str(content["facts"])))
             for name, values in arrays.items():
                 if values.shape == (size,):
